@@ -1,0 +1,19 @@
+/* Optimised product quantiser: a rotation, then pq.
+ * Ge, He, Ke, Sun, "Optimized Product Quantization", TPAMI 2014, the parametric solution: the
+ * rotation is the PCA's, its axes dealt to chunks so that the products of their variances are
+ * balanced. Departures: no alternating refinement, and the rotation is applied without centring, so
+ * that inner products survive it. Behind quantiser.h. */
+#ifndef ANND_INDEX_OPQ_H
+#define ANND_INDEX_OPQ_H
+
+#include "index/code_methods.h"
+
+/* Above, a rotation takes over 64 MiB and milliseconds a query. */
+#define OPQ_DIM_MAX 4096u
+/* Above, CODE_AUTO does not consider it: the rotation falls out of the second cache and costs a
+ * query more time than the reads it saves. */
+#define OPQ_DIM_AUTO_MAX 1536u
+
+extern const struct code_methods opq_methods;
+
+#endif

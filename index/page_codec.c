@@ -1,0 +1,392 @@
+/* How a page is filled. With everything but edges placed, the rest of the page is the edges'
+ * budget. The largest common degree cap whose coded lists fit is found by bisection; then lists are
+ * extended one edge each, in slot order, as long as the page holds them. Lists arrive in prune
+ * order (alpha 1 first), so cutting a list's tail is what pruning it harder would have done.
+ *
+ * How capacity is chosen. More nodes a page mean fewer pages for the true neighbours but shorter
+ * lists. calibration.md's sweep on 128-d u8 found 20 nodes with 44 edges best, that is about 70
+ * edge bytes a node (1.67 bytes an edge); wide vectors have room for all edges. So: as many nodes
+ * as fit with EDGE_BYTES_A_NODE each, and one node or more a page, on as many 4 KiB blocks as one
+ * node needs. */
+#include "index/page_codec.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "storage/base/bytes.h"
+#include "storage/file.h"
+#include "storage/segment.h"
+
+#define EDGE_BYTES_A_NODE 70u
+#define EDGE_END_BYTES 2u
+/* What keys and rows take when positions are shuffled over 2^24 rows; int64 keys of other ranges
+ * cost edges, not correctness. */
+#define KEY_BYTES_EXPECTED 3u
+
+static uint32_t node_overhead(const struct page_format *format)
+{
+    return EDGE_END_BYTES + (format->holds_keys ? KEY_BYTES_EXPECTED : 0) +
+           (format->holds_rows ? KEY_BYTES_EXPECTED : 0);
+}
+
+int page_format_choose(struct page_format *format, enum vector_store store, enum metric metric,
+                       uint32_t dim, uint32_t max_degree, uint64_t row_count, bool holds_keys,
+                       bool holds_rows, struct error *err)
+{
+    memset(format, 0, sizeof *format);
+    format->store = store;
+    format->metric = metric;
+    format->dim = dim;
+    format->vector_bytes = store_vector_bytes(store, metric, dim);
+    format->row_count = row_count;
+    format->holds_keys = holds_keys;
+    format->holds_rows = holds_rows;
+
+    uint32_t edge_bytes = max_degree * 2 < EDGE_BYTES_A_NODE ? max_degree * 2 : EDGE_BYTES_A_NODE;
+    uint32_t node_bytes = format->vector_bytes + node_overhead(format) + edge_bytes;
+    /* Worst case of one node alone: full-width key and row, every edge in five bytes. */
+    uint32_t single = PAGE_HEADER_BYTES + format->vector_bytes + EDGE_END_BYTES + 8 + 4 +
+                      max_degree * 2 + BLOCK_CRC_BYTES;
+
+    format->page_bytes = FILE_BLOCK_BYTES;
+    if (single > format->page_bytes)
+        format->page_bytes = (uint32_t)align_up(single, FILE_BLOCK_BYTES);
+    if (format->page_bytes > PAGE_BYTES_MAX)
+        return error_set(err, ERR_INVALID,
+                         "vectors of %u dimensions do not fit a page: a node takes %u bytes, the "
+                         "largest page has %u",
+                         dim, single, PAGE_BYTES_MAX);
+    format->capacity = (format->page_bytes - PAGE_HEADER_BYTES - BLOCK_CRC_BYTES) / node_bytes;
+    if (format->capacity < 1)
+        format->capacity = 1;
+    if (format->capacity > PAGE_CAPACITY_MAX)
+        format->capacity = PAGE_CAPACITY_MAX;
+    format->page_count = (row_count + format->capacity - 1) / format->capacity;
+    return 0;
+}
+
+int page_format_check(const struct page_format *format, struct error *err)
+{
+    uint32_t vector_bytes = store_vector_bytes(format->store, format->metric, format->dim);
+
+    if (format->dim < 1 || vector_bytes == 0 || format->vector_bytes != vector_bytes)
+        return error_set(err, ERR_CORRUPT,
+                         "a vector of %u dimensions stored as %s takes %u bytes, "
+                         "not %u",
+                         format->dim, store_name(format->store), vector_bytes,
+                         format->vector_bytes);
+    if (format->page_bytes == 0 || format->page_bytes % FILE_BLOCK_BYTES ||
+        format->page_bytes > PAGE_BYTES_MAX || format->capacity < 1 ||
+        format->capacity > PAGE_CAPACITY_MAX ||
+        PAGE_HEADER_BYTES + BLOCK_CRC_BYTES +
+                (uint64_t)format->capacity * (vector_bytes + EDGE_END_BYTES) >
+            format->page_bytes)
+        return error_set(err, ERR_CORRUPT, "pages of %u bytes cannot hold %u nodes of %u bytes",
+                         format->page_bytes, format->capacity, vector_bytes);
+    if (format->row_count < 1 || format->row_count > UINT32_MAX ||
+        format->page_count != (format->row_count + format->capacity - 1) / format->capacity)
+        return error_set(err, ERR_CORRUPT, "%llu rows on pages of %u nodes are not %llu pages",
+                         (unsigned long long)format->row_count, format->capacity,
+                         (unsigned long long)format->page_count);
+    return 0;
+}
+
+/* ---- writing ---- */
+
+static uint32_t varint_bytes(uint32_t value)
+{
+    return value < (1u << 7)    ? 1
+           : value < (1u << 14) ? 2
+           : value < (1u << 21) ? 3
+           : value < (1u << 28) ? 4
+                                : 5;
+}
+
+static uint8_t *varint_put(uint8_t *out, uint32_t value)
+{
+    while (value >= 0x80) {
+        *out++ = (uint8_t)(value | 0x80);
+        value >>= 7;
+    }
+    *out++ = (uint8_t)value;
+    return out;
+}
+
+/* Zigzag over 33-bit differences folded into 32: both positions are below 2^32 and differences
+ * wrap, which decoding undoes. */
+static uint32_t zigzag(uint32_t from, uint32_t to)
+{
+    uint32_t difference = to - from;
+
+    return (difference << 1) ^ (uint32_t) - (int32_t)(difference >> 31);
+}
+
+static uint32_t unzigzag(uint32_t from, uint32_t coded)
+{
+    return from + ((coded >> 1) ^ (uint32_t) - (int32_t)(coded & 1));
+}
+
+static int compare_u32(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+struct edge_list {
+    uint32_t positions[PAGE_DEGREE_MAX]; /* out of the page, in prune order */
+    uint32_t count;
+    uint32_t kept;
+};
+
+/* Coded bytes of the first `take` edges; *sorted gets them ascending. */
+static uint32_t edges_coded(const struct edge_list *list, uint32_t take, uint32_t first,
+                            uint32_t *sorted)
+{
+    uint32_t bytes = 0;
+
+    memcpy(sorted, list->positions, take * sizeof *sorted);
+    qsort(sorted, take, sizeof *sorted, compare_u32);
+    for (uint32_t i = 0; i < take; i++)
+        bytes += varint_bytes(i == 0 ? zigzag(first, sorted[0]) : sorted[i] - sorted[i - 1] - 1);
+    return bytes;
+}
+
+static uint32_t edges_total(struct edge_list *lists, uint32_t node_count, uint32_t cap,
+                            uint32_t first)
+{
+    uint32_t sorted[PAGE_DEGREE_MAX], bytes = 0;
+
+    for (uint32_t i = 0; i < node_count; i++) {
+        lists[i].kept = lists[i].count < cap ? lists[i].count : cap;
+        bytes += edges_coded(&lists[i], lists[i].kept, first, sorted);
+    }
+    return bytes;
+}
+
+static void edges_fit(struct edge_list *lists, uint32_t node_count, uint32_t first, uint32_t budget)
+{
+    uint32_t low = 0, high = 0, sorted[PAGE_DEGREE_MAX];
+
+    for (uint32_t i = 0; i < node_count; i++)
+        high = lists[i].count > high ? lists[i].count : high;
+    if (edges_total(lists, node_count, high, first) <= budget)
+        return;
+    while (low + 1 < high) { /* low fits, high does not */
+        uint32_t middle = low + (high - low) / 2;
+
+        if (edges_total(lists, node_count, middle, first) <= budget)
+            low = middle;
+        else
+            high = middle;
+    }
+    uint32_t used = edges_total(lists, node_count, low, first);
+
+    for (uint32_t i = 0; i < node_count; i++) {
+        if (lists[i].count <= low)
+            continue;
+        uint32_t before = edges_coded(&lists[i], low, first, sorted);
+        uint32_t after = edges_coded(&lists[i], low + 1, first, sorted);
+
+        if (used + after - before <= budget) {
+            used += after - before;
+            lists[i].kept = low + 1;
+        }
+    }
+}
+
+static uint32_t bytes_for(uint64_t range)
+{
+    uint32_t bytes = 0;
+
+    for (; range; range >>= 8)
+        bytes++;
+    return bytes;
+}
+
+static uint8_t *put_low_bytes(uint8_t *out, uint64_t value, uint32_t bytes)
+{
+    for (uint32_t i = 0; i < bytes; i++)
+        *out++ = (uint8_t)(value >> (8 * i));
+    return out;
+}
+
+int page_encode(const struct page_format *format, uint64_t page, const struct page_node *nodes,
+                uint8_t *payload, uint64_t *edges_kept, uint64_t *edges_given, struct error *err)
+{
+    uint32_t node_count = page_node_count(format, page);
+    uint32_t first = (uint32_t)(page * format->capacity);
+    uint32_t payload_bytes = format->page_bytes - BLOCK_CRC_BYTES;
+    int64_t key_base = 0;
+    uint32_t row_base = 0, key_bytes = 0, row_bytes = 0;
+    int rc = -1;
+    struct edge_list *lists = malloc(node_count * sizeof *lists);
+
+    if (!lists)
+        return error_set(err, ERR_NOMEM, "no memory for the edge lists of a page");
+    memset(payload, 0, payload_bytes);
+    if (format->holds_keys) {
+        int64_t key_top = nodes[0].key;
+
+        key_base = nodes[0].key;
+        for (uint32_t i = 1; i < node_count; i++) {
+            key_base = nodes[i].key < key_base ? nodes[i].key : key_base;
+            key_top = nodes[i].key > key_top ? nodes[i].key : key_top;
+        }
+        key_bytes = bytes_for((uint64_t)key_top - (uint64_t)key_base);
+    }
+    if (format->holds_rows) {
+        uint32_t row_top = nodes[0].row;
+
+        row_base = nodes[0].row;
+        for (uint32_t i = 1; i < node_count; i++) {
+            row_base = nodes[i].row < row_base ? nodes[i].row : row_base;
+            row_top = nodes[i].row > row_top ? nodes[i].row : row_top;
+        }
+        row_bytes = bytes_for(row_top - row_base);
+    }
+    uint32_t fixed = PAGE_HEADER_BYTES +
+                     node_count * (format->vector_bytes + key_bytes + row_bytes + EDGE_END_BYTES);
+
+    if (fixed > payload_bytes) {
+        error_set(err, ERR_INTERNAL, "page %llu: %u nodes take %u bytes of %u",
+                  (unsigned long long)page, node_count, fixed, payload_bytes);
+        goto done;
+    }
+    for (uint32_t i = 0; i < node_count; i++) {
+        lists[i].count = 0;
+        for (uint32_t e = 0; e < nodes[i].degree && lists[i].count < PAGE_DEGREE_MAX; e++) {
+            uint32_t position = nodes[i].neighbours[e];
+
+            if (position - first >= node_count)
+                lists[i].positions[lists[i].count++] = position;
+        }
+        lists[i].kept = lists[i].count;
+    }
+    edges_fit(lists, node_count, first, payload_bytes - fixed);
+
+    store_u16(payload, (uint16_t)node_count);
+    payload[2] = (uint8_t)key_bytes;
+    payload[3] = (uint8_t)row_bytes;
+    store_u32(payload + 4, row_base);
+    store_u64(payload + 8, (uint64_t)key_base);
+    uint8_t *out = payload + PAGE_HEADER_BYTES;
+
+    for (uint32_t i = 0; i < node_count; i++, out += format->vector_bytes)
+        memcpy(out, nodes[i].vector, format->vector_bytes);
+    for (uint32_t i = 0; i < node_count; i++)
+        out = put_low_bytes(out, (uint64_t)nodes[i].key - (uint64_t)key_base, key_bytes);
+    for (uint32_t i = 0; i < node_count; i++)
+        out = put_low_bytes(out, nodes[i].row - row_base, row_bytes);
+    uint8_t *ends = out, *edges = out + node_count * EDGE_END_BYTES;
+
+    out = edges;
+    for (uint32_t i = 0; i < node_count; i++) {
+        uint32_t sorted[PAGE_DEGREE_MAX];
+
+        edges_coded(&lists[i], lists[i].kept, first, sorted);
+        for (uint32_t e = 0; e < lists[i].kept; e++)
+            out =
+                varint_put(out, e == 0 ? zigzag(first, sorted[0]) : sorted[e] - sorted[e - 1] - 1);
+        store_u16(ends + i * EDGE_END_BYTES, (uint16_t)(out - edges));
+        if (edges_kept)
+            *edges_kept += lists[i].kept;
+        if (edges_given)
+            *edges_given += lists[i].count;
+    }
+    rc = 0;
+done:
+    free(lists);
+    return rc;
+}
+
+/* ---- reading ---- */
+
+int page_view_open(const struct page_format *format, uint64_t page, const uint8_t *payload,
+                   struct page_view *view, struct error *err)
+{
+    uint32_t payload_bytes = format->page_bytes - BLOCK_CRC_BYTES;
+    uint32_t node_count = load_u16(payload);
+    uint32_t key_bytes = payload[2], row_bytes = payload[3];
+
+    if (node_count != page_node_count(format, page) || key_bytes > (format->holds_keys ? 8u : 0u) ||
+        row_bytes > (format->holds_rows ? 4u : 0u))
+        return error_set(err, ERR_CORRUPT,
+                         "page %llu says %u nodes, %u key bytes, %u row bytes; wanted %u nodes",
+                         (unsigned long long)page, node_count, key_bytes, row_bytes,
+                         page_node_count(format, page));
+    uint32_t fixed = PAGE_HEADER_BYTES +
+                     node_count * (format->vector_bytes + key_bytes + row_bytes + EDGE_END_BYTES);
+
+    if (fixed > payload_bytes)
+        return error_set(err, ERR_CORRUPT, "page %llu: its nodes take %u bytes of %u",
+                         (unsigned long long)page, fixed, payload_bytes);
+    view->format = format;
+    view->first = page * format->capacity;
+    view->node_count = node_count;
+    view->key_bytes = key_bytes;
+    view->row_bytes = row_bytes;
+    view->row_base = load_u32(payload + 4);
+    view->key_base = (int64_t)load_u64(payload + 8);
+    view->vectors = payload + PAGE_HEADER_BYTES;
+    view->keys = view->vectors + node_count * format->vector_bytes;
+    view->rows = view->keys + node_count * key_bytes;
+    view->edge_ends = view->rows + node_count * row_bytes;
+    view->edges = view->edge_ends + node_count * EDGE_END_BYTES;
+    view->edge_bytes = payload_bytes - fixed;
+    return 0;
+}
+
+int64_t page_view_key(const struct page_view *view, uint32_t slot)
+{
+    const uint8_t *in = view->keys + slot * view->key_bytes;
+    uint64_t value = 0;
+
+    for (uint32_t i = 0; i < view->key_bytes; i++)
+        value |= (uint64_t)in[i] << (8 * i);
+    return (int64_t)((uint64_t)view->key_base + value);
+}
+
+uint32_t page_view_row(const struct page_view *view, uint32_t slot)
+{
+    const uint8_t *in = view->rows + slot * view->row_bytes;
+    uint32_t value = 0;
+
+    if (!view->format->holds_rows)
+        return (uint32_t)view->first + slot;
+    for (uint32_t i = 0; i < view->row_bytes; i++)
+        value |= (uint32_t)in[i] << (8 * i);
+    return view->row_base + value;
+}
+
+int page_view_neighbours(const struct page_view *view, uint32_t slot, uint32_t *out,
+                         uint32_t *count, struct error *err)
+{
+    uint32_t begin = slot ? load_u16(view->edge_ends + (slot - 1) * EDGE_END_BYTES) : 0;
+    uint32_t end = load_u16(view->edge_ends + slot * EDGE_END_BYTES);
+    uint64_t row_count = view->format->row_count;
+    uint32_t n = 0;
+    uint64_t position = 0;
+
+    if (begin > end || end > view->edge_bytes)
+        goto corrupt;
+    for (const uint8_t *in = view->edges + begin, *stop = view->edges + end; in < stop; n++) {
+        uint32_t value = *in & 0x7f, shift = 7;
+
+        while (*in++ & 0x80) {
+            if (in == stop || shift > 28)
+                goto corrupt;
+            value |= (uint32_t)(*in & 0x7f) << shift;
+            shift += 7;
+        }
+        position = n == 0 ? unzigzag((uint32_t)view->first, value) : position + value + 1;
+        if (position >= row_count || n == PAGE_DEGREE_MAX)
+            goto corrupt;
+        out[n] = (uint32_t)position;
+    }
+    *count = n;
+    return 0;
+corrupt:
+    return error_set(err, ERR_CORRUPT, "the edges of node %llu cannot be decoded",
+                     (unsigned long long)(view->first + slot));
+}

@@ -1,0 +1,211 @@
+/* annd build: a vector file becomes an index directory.
+ *
+ * Everything is made in OUTPUT.tmp and renamed at the end: OUTPUT is whole or absent. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "index/index_directory.h"
+#include "index/segment_build.h"
+#include "storage/file.h"
+#include "tools/commands.h"
+#include "tools/progress.h"
+#include "tools/row_input.h"
+
+static int store_of(const char *name)
+{
+    return !strcmp(name, "f32")    ? STORE_F32
+           : !strcmp(name, "f16")  ? STORE_F16
+           : !strcmp(name, "8bit") ? STORE_SQ8
+                                   : 0;
+}
+
+/* Memory of the machine, less a tenth for the rest of it. */
+static uint64_t memory_default(void)
+{
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / 10 * 9;
+}
+
+/* What the files will take, for a refusal before the work rather than after it. */
+static int space_check(const char *folder, const struct vector_source *source, bool originals,
+                       struct error *err)
+{
+    uint64_t bytes = vector_source_rows(source) * vector_source_row_bytes(source), free_bytes;
+    uint64_t needed = bytes + bytes / 2 + (originals ? bytes : 0) + (1u << 20);
+
+    if (vfs_posix()->space(vfs_posix(), folder, &free_bytes) < 0 || free_bytes >= needed)
+        return 0;
+    error_set(err, ERR_NO_SPACE, "%s has %llu MiB free; the index will take about %llu MiB", folder,
+              (unsigned long long)free_bytes >> 20, (unsigned long long)needed >> 20);
+    return -1;
+}
+
+static void print_result(const char *output, const struct segment_build_result *r, uint32_t dim,
+                         enum element_type element, enum metric metric)
+{
+    printf(
+        "%s: %llu rows of %u %s, %s, graph degree %.1f, %s codes of %u bytes, stored as %s, %u a "
+        "page of %u bytes\n",
+        output, (unsigned long long)r->row_count, dim, element_name(element), metric_name(metric),
+        r->mean_degree, code_kind_name(r->code), r->code_bytes, store_name(r->store),
+        r->page_capacity, r->page_bytes);
+    printf("  edges kept on pages: %.1f a row of %.1f that leave their page\n",
+           (double)r->edges_kept / (double)r->row_count,
+           (double)r->edges_given / (double)r->row_count);
+    if (r->zero_vectors)
+        printf("  %llu zero vectors%s\n", (unsigned long long)r->zero_vectors,
+               metric == METRIC_COSINE ? " (their cosine similarity is 0 with everything)" : "");
+}
+
+static int build_into(const struct arguments *arguments, const char *folder,
+                      const struct vector_source *source, struct segment_build_params *params,
+                      struct pool *pool, struct job *job, struct segment_build_result *result,
+                      struct error *err)
+{
+    const struct row_input_files files = {
+        option_text(arguments, "keys"), option_text(arguments, "attributes"),
+        option_text(arguments, "schema"), option_text(arguments, "key-field"),
+        option_text(arguments, "vector-field")};
+    struct row_input rows = {0};
+    int rc = -1;
+
+    if (row_input_open(&files, vector_source_rows(source), vector_source_dim(source),
+                       vector_source_type(source), folder, job, &rows, err) < 0)
+        goto done;
+    if (params->memory_bytes <= rows.memory_bytes) {
+        error_set(err, ERR_BUDGET, "keys and attributes take %llu MiB, --memory grants %llu MiB",
+                  (unsigned long long)rows.memory_bytes >> 20,
+                  (unsigned long long)params->memory_bytes >> 20);
+        goto done;
+    }
+    params->memory_bytes -= rows.memory_bytes;
+    if (segment_build(vfs_posix(), folder, source, &rows.rows, params, pool, job, result, err) < 0)
+        goto done;
+    const char *name = result->name;
+
+    rc = index_directory_publish(vfs_posix(), folder, rows.schema, &name, 1, err);
+done:
+    row_input_release(&rows);
+    return rc;
+}
+
+static int run(const struct arguments *arguments, struct error *err)
+{
+    const char *input = arguments->positional[0], *output = option_text(arguments, "output");
+    char clean[FILE_PATH_MAX], folder[FILE_PATH_MAX], parent[FILE_PATH_MAX];
+    struct segment_build_params params = {.alpha = 1.2f, .keep_originals = true};
+    struct segment_build_result result;
+    struct vector_source *source = NULL;
+    struct pool *pool = NULL;
+    struct job *job = NULL;
+    bool made = false;
+    int rc = -1;
+
+    if (!output) {
+        fprintf(stderr, "annd: annd build needs --output DIR\n");
+        return EXIT_USAGE;
+    }
+    if (snprintf(clean, sizeof clean, "%s", output) >= (int)sizeof clean - 8)
+        return error_set(err, ERR_INVALID, "the path of --output is too long");
+    for (size_t n = strlen(clean); n > 1 && clean[n - 1] == '/'; n--)
+        clean[n - 1] = 0;
+    snprintf(folder, sizeof folder, "%.4080s.tmp", clean);
+    file_path_folder(parent, clean);
+    if (file_exists(vfs_posix(), clean)) {
+        error_set(err, ERR_EXISTS, "%s is there already", clean);
+        error_remedy(err, "choose another --output, or remove it first");
+        return -1;
+    }
+    params.store = (uint32_t)store_of(option_text(arguments, "store"));
+    params.code_bytes = option_u32(arguments, "code-bytes");
+    params.max_degree = option_u32(arguments, "max-degree");
+    params.build_list = option_u32(arguments, "build-list");
+    params.seed = option_u64(arguments, "seed");
+    params.keep_originals = !option_flag(arguments, "no-originals");
+    params.memory_bytes = option_u64(arguments, "memory");
+    if (!params.memory_bytes)
+        params.memory_bytes = memory_default();
+    if (metric_parse(option_text(arguments, "metric"), &params.metric, err) < 0 ||
+        code_kind_parse(option_text(arguments, "code"), &params.code, err) < 0 ||
+        vector_source_open(vfs_posix(), input, &source, err) < 0 ||
+        pool_new(option_u32(arguments, "threads"), &pool, err) < 0)
+        goto done;
+
+    /* Refusals that need no work come first. */
+    uint64_t needed;
+    char *sum = NULL;
+
+    if (segment_build_plan(source, &params, pool_workers(pool), &needed, &sum, err) < 0)
+        goto done;
+    if (needed > params.memory_bytes) {
+        error_set(err, ERR_BUDGET,
+                  "building %s needs %llu MiB of memory (%s); --memory grants %llu MiB", input,
+                  (unsigned long long)needed >> 20, sum,
+                  (unsigned long long)params.memory_bytes >> 20);
+        error_remedy(err, "grant more, or lower --max-degree (now %u)", params.max_degree);
+        free(sum);
+        goto done;
+    }
+    free(sum);
+    if (space_check(parent, source, params.keep_originals, err) < 0)
+        goto done;
+    job = progress_job(arguments, err);
+    if (!job || file_remove_all(vfs_posix(), folder, err) < 0 ||
+        file_mkdir(vfs_posix(), folder, err) < 0)
+        goto done;
+    made = true;
+    if (build_into(arguments, folder, source, &params, pool, job, &result, err) < 0 ||
+        file_dirsync(vfs_posix(), folder, err) < 0 ||
+        file_rename(vfs_posix(), folder, clean, err) < 0 ||
+        file_dirsync(vfs_posix(), parent, err) < 0)
+        goto done;
+    made = false;
+    print_result(clean, &result, vector_source_dim(source), vector_source_type(source),
+                 params.metric);
+    rc = 0;
+done:
+    progress_end(job);
+    if (made)
+        file_remove_all(vfs_posix(), folder, NULL);
+    vector_source_close(source);
+    pool_free(pool);
+    return rc;
+}
+
+static const struct option options[] = {
+    {"output", OPTION_TEXT, "DIR", NULL, NULL, "index directory to make", 0, 0},
+    {"metric", OPTION_TEXT, "METRIC", "l2", "l2|ip|cosine", "distance", 0, 0},
+    {"keys", OPTION_TEXT, "FILE", NULL, NULL,
+     "keys: text, one a line, or integer .npy; by default the row number", 0, 0},
+    {"attributes", OPTION_TEXT, "FILE", NULL, NULL, "a JSON object a row", 0, 0},
+    {"schema", OPTION_TEXT, "FILE", NULL, NULL, "fields of the collection, as JSON", 0, 0},
+    {"key-field", OPTION_TEXT, "NAME", NULL, NULL, "name of the key, by default id", 0, 0},
+    {"vector-field", OPTION_TEXT, "NAME", NULL, NULL, "name of the vector, by default vector", 0,
+     0},
+    {"code", OPTION_TEXT, "KIND", "auto", "auto|pq|opq|scalar", "codes kept in memory", 0, 0},
+    {"code-bytes", OPTION_NUMBER, "N", NULL, NULL,
+     "bytes of codes a row, by default dim/4 within 16..192", 1, 32767},
+    {"store", OPTION_TEXT, "FORM", "auto", "auto|f32|f16|8bit",
+     "vectors on the pages; auto: f16 for floats, integers as they are", 0, 0},
+    {"no-originals", OPTION_FLAG, NULL, NULL, NULL,
+     "do not keep the original floats: vectors cannot be given back", 0, 0},
+    {"max-degree", OPTION_NUMBER, "R", "64", NULL, "edges a node at most", 4, 256},
+    {"build-list", OPTION_NUMBER, "L", "100", NULL, "candidates per insertion", 4, 4096},
+    {"memory", OPTION_SIZE, "SIZE", NULL, NULL,
+     "bound of the build, by default 90 % of the machine", 1, UINT64_MAX},
+    {"threads", OPTION_NUMBER, "N", NULL, NULL, "worker threads, by default all cores", 1, 1024},
+    {"seed", OPTION_NUMBER, "N", "1", NULL, "same input, parameters and seed: same bytes", 0, 0},
+    PROGRESS_OPTION,
+    {0},
+};
+
+const struct command command_build = {
+    .name = "build",
+    .positional = "INPUT",
+    .summary = "build an index from a vector file",
+    .examples = "  annd build base.u8bin --output idx\n"
+                "  annd build base.fbin --metric cosine --attributes rows.jsonl --output idx\n",
+    .options = options,
+    .run = run,
+};
