@@ -35,6 +35,13 @@ int index_directory_publish(struct vfs *vfs, const char *path, const struct sche
 
     if (!m)
         return error_set(err, ERR_NOMEM, "no memory for a MANIFEST");
+    /* Before the schema is replaced: an index that is there must stay as it is. */
+    if (file_path_join(file, path, MANIFEST_NAME, err) < 0)
+        goto done;
+    if (file_exists(vfs, file)) {
+        error_set(err, ERR_EXISTS, "%s is there already", file);
+        goto done;
+    }
     if (schema_print(schema, &text, &bytes, err) < 0 ||
         file_path_join(file, path, SCHEMA_NAME, err) < 0 ||
         file_publish(vfs, file, text, bytes, err) < 0)
@@ -64,16 +71,8 @@ int index_directory_publish(struct vfs *vfs, const char *path, const struct sche
     }
     if (file_path_join(file, path, MANIFEST_NAME, err) < 0)
         goto done;
-    switch (manifest_publish(vfs, file, 0, m, err)) {
-    case MANIFEST_DONE:
+    if (manifest_publish(vfs, file, 0, m, err) == MANIFEST_DONE)
         rc = 0;
-        break;
-    case MANIFEST_CONFLICT:
-        error_set(err, ERR_EXISTS, "%s is there already", file);
-        break;
-    case MANIFEST_UNKNOWN:
-        break;
-    }
 done:
     manifest_free(m);
     free(text);
@@ -328,7 +327,8 @@ static int adjacency_append(struct adjacency *a, const uint32_t *edges, uint32_t
         a->edges = grown;
         a->capacity = capacity;
     }
-    memcpy(a->edges + a->count, edges, count * sizeof *edges);
+    if (count)
+        memcpy(a->edges + a->count, edges, count * sizeof *edges);
     a->count += count;
     return 0;
 }
@@ -512,6 +512,11 @@ done:
     return rc;
 }
 
+static int compare_names(const void *a, const void *b)
+{
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
+
 int index_directory_files(struct vfs *vfs, const char *path, char ***names, uint32_t *count,
                           struct error *err)
 {
@@ -541,6 +546,7 @@ int index_directory_files(struct vfs *vfs, const char *path, char ***names, uint
             n++;
         }
     }
+    qsort(list, n, sizeof *list, compare_names);
     *names = list;
     *count = n;
     list = NULL; /* moved to the caller */
