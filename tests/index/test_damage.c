@@ -22,8 +22,8 @@
 #include "storage/file.h"
 
 #define SEED 20260305u
-#define ROWS 300u
-#define DIM 8u
+#define ROWS 260u
+#define DIM 4u
 #define QUERIES 3u
 #define K 10u
 #define LIST 40u
@@ -142,7 +142,7 @@ static void build_to_memory(void)
 {
     struct segment_build_params params = {.metric = METRIC_COSINE, /* so that there are originals */
                                           .code = CODE_PQ,
-                                          .code_bytes = 4,
+                                          .code_bytes = 2,
                                           .max_degree = 16,
                                           .build_list = 32,
                                           .alpha = 1.2f,
@@ -349,8 +349,8 @@ static void assert_found_out(const struct image *image, const char *what, uint64
         fail_msg("%s: %s at %llu: the check finds nothing", image->name, what,
                  (unsigned long long)at);
     if (!code_is_damage(err.code) || !strstr(err.message, WHERE))
-        fail_msg("%s: %s at %llu: the check says %s: %s", image->name, what,
-                 (unsigned long long)at, error_code_name(err.code), err.message);
+        fail_msg("%s: %s at %llu: the check says %s: %s", image->name, what, (unsigned long long)at,
+                 error_code_name(err.code), err.message);
     if (!read)
         return;
     read_all(&seen);

@@ -219,9 +219,8 @@ static void test_k_may_be_the_row_count_and_no_more(void **state)
         struct error err = ERROR_INIT;
         struct truth truth;
 
-        assert_int_equal(flat_truth(source, s.queries, 4, wrong[i], METRIC_L2, NULL, NULL, &truth,
-                                    &err),
-                         -1);
+        assert_int_equal(
+            flat_truth(source, s.queries, 4, wrong[i], METRIC_L2, NULL, NULL, &truth, &err), -1);
         assert_int_equal(err.code, ERR_INVALID);
         assert_non_null(strstr(err.message, "37 rows"));
         assert_null(truth.ids);

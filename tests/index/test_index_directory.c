@@ -347,6 +347,7 @@ static void test_the_list_of_files_is_complete(void **state)
 
 static void test_a_directory_is_published_once(void **state)
 {
+    struct schema *other = NULL;
     struct error err = ERROR_INIT;
     struct index_directory *directory;
     struct two two;
@@ -355,12 +356,16 @@ static void test_a_directory_is_published_once(void **state)
     two_make(&two);
     const char *name = two.names[0];
 
-    assert_int_equal(
-        index_directory_publish(vfs_posix(), two.folder, two.schema, &name, 1, &err), -1);
+    if (schema_default("other", FIELD_INT64, 0, "vector", FIELD_FLOAT_VECTOR, DIM, &other, &err) <
+        0)
+        fail_msg("%s", err.message);
+    assert_int_equal(index_directory_publish(vfs_posix(), two.folder, other, &name, 1, &err), -1);
     assert_int_equal(err.code, ERR_EXISTS);
+    schema_free(other);
     /* And what was there is as it was. */
     directory = must_open(two.folder, 0, true);
     assert_int_equal(directory->segment_count, 2);
+    assert_non_null(schema_find(directory->schema, "id"));
     index_directory_close(directory);
     two_remove(&two);
 }

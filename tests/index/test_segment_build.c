@@ -515,10 +515,8 @@ static void test_a_disk_that_lies_about_a_write_is_found_out(void **state)
     writes = vfs_fault_calls(&fault, VFS_CALL_WRITE);
     for (uint64_t nth = 1; nth <= writes; nth++)
         for (size_t e = 0; e < sizeof effects / sizeof *effects; e++) {
-            const struct vfs_fault_plan plan = {.call = VFS_CALL_WRITE,
-                                                .nth = nth,
-                                                .effect = effects[e],
-                                                .bit = 12345 + nth * 77};
+            const struct vfs_fault_plan plan = {
+                .call = VFS_CALL_WRITE, .nth = nth, .effect = effects[e], .bit = 12345 + nth * 77};
 
             build_under(&f, &fault, &plan, true);
         }

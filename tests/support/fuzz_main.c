@@ -1,6 +1,6 @@
-/* Replays a fuzz target without libFuzzer: every file given (or in a folder given) as it is, then
- * cut short and with seeded damage, so that the default tests run some thousand inputs through each
- * decoder. Output is TAP, a line per file; a crash is what makes it fail. */
+/* Replays a fuzz target without libFuzzer: seeded random bytes, then every file given (or in a
+ * folder given) as it is, cut short and with seeded damage, so that the default tests run some
+ * thousand inputs through each decoder. Output is TAP; a crash is what makes it fail. */
 #include <dirent.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -11,10 +11,14 @@
 #include "storage/base/random.h"
 
 #define CUTS 64u
-#define DAMAGES 256u
+#define DAMAGES 512u
+#define RANDOMS 2000u
+#define RANDOM_BYTES_MAX 512u
 #define PATH_BYTES 4096u
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+/* A target may have it. */
+int LLVMFuzzerInitialize(int *argc, char ***argv) __attribute__((weak));
 
 static uint32_t case_count;
 
@@ -77,6 +81,22 @@ static void run_file(const char *path)
     free(work);
 }
 
+static void run_random(void)
+{
+    uint8_t data[RANDOM_BYTES_MAX];
+    struct random random;
+
+    random_init(&random, 2, 0);
+    for (uint32_t i = 0; i < RANDOMS; i++) {
+        size_t bytes = random_below(&random, i % 2 ? RANDOM_BYTES_MAX : 16);
+
+        for (size_t b = 0; b < bytes; b++)
+            data[b] = (uint8_t)random_u64(&random);
+        run_one(data, bytes);
+    }
+    printf("ok %u - %u random inputs\n", ++case_count, RANDOMS);
+}
+
 static int is_visible(const struct dirent *entry)
 {
     return entry->d_name[0] != '.';
@@ -84,8 +104,11 @@ static int is_visible(const struct dirent *entry)
 
 int main(int argc, char **argv)
 {
+    if (LLVMFuzzerInitialize)
+        LLVMFuzzerInitialize(&argc, &argv);
     run_one((const uint8_t *)"", 0);
     printf("ok %u - nothing at all\n", ++case_count);
+    run_random();
     for (int i = 1; i < argc; i++) {
         struct dirent **entries = NULL;
         struct stat info;

@@ -359,11 +359,19 @@ def test_no_permission_is_said(annd, good, as_user):
     annd.fails(1, "build", base, "--output", folder / "i", says=("i.tmp", "ermission"), **options)
     folder.chmod(0o755)
     shutil.copytree(good.index, folder / "index")
+    for path in (folder / "index").rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / "index").chmod(0o755)
     section = next((folder / "index").glob("seg-*/*.pages"))
     section.chmod(0o000 if os.getuid() else 0o600)
     query_file = folder / "q.fbin"
     shutil.copy2(good.query_file, query_file)
     query_file.chmod(0o644)
+    annd.fails(1, "search", folder / "index", "--queries", query_file, says=("pages", "ermission"),
+               **options)
+    section.chmod(0o644)
+    annd("search", folder / "index", "--queries", query_file, **options)
+    (folder / "index").chmod(0o000 if os.getuid() else 0o700)
     annd.fails(1, "search", folder / "index", "--queries", query_file, says="ermission", **options)
     assert not (folder / "i").exists() and not (folder / "i.tmp").exists()
 

@@ -1,0 +1,92 @@
+/* Fuzzes quantiser_decode_bytes: length and checksum are made right unless the first byte says
+ * otherwise, since the writer of a file may be hostile. What is accepted must encode, decode and
+ * estimate without a step outside its buffers, and print to the same bytes. */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "index/quantiser.h"
+#include "storage/base/bytes.h"
+
+#define CODES 9u
+/* As in quantiser.c. */
+#define CRC_AT 12u
+#define BYTES_AT 16u
+#define HEADER_BYTES 64u
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
+
+static void require(int ok, const char *what)
+{
+    if (!ok) {
+        fprintf(stderr, "%s\n", what);
+        abort();
+    }
+}
+
+/* Codes of any bytes: they come from a file as well. */
+static void use(const struct quantiser *quantiser, const uint8_t *seed, size_t seed_bytes)
+{
+    uint32_t dim = quantiser_dim(quantiser), code_bytes = quantiser_code_bytes(quantiser);
+    float *table = malloc(quantiser_table_floats(quantiser) * sizeof *table);
+    float *scratch = malloc(quantiser_scratch_floats(quantiser) * sizeof *scratch);
+    float *vector = malloc(2 * dim * sizeof *vector), out[CODES];
+    uint8_t *codes = malloc((size_t)CODES * code_bytes);
+    static const uint32_t rows[CODES] = {8, 0, 3, 3, 7, 1, 2, 6, 5};
+    struct error err = ERROR_INIT;
+
+    require(table && scratch && vector && codes, "no memory");
+    for (size_t i = 0; i < (size_t)CODES * code_bytes; i++)
+        codes[i] = (uint8_t)(seed[i % seed_bytes] + i * 29);
+    for (uint32_t i = 0; i < 2 * dim; i++)
+        vector[i] = (float)(int8_t)seed[(i + 7) % seed_bytes] / 16;
+    for (int metric = METRIC_L2; metric <= METRIC_IP; metric++) {
+        quantiser_table(quantiser, (enum metric)metric, vector, scratch, table);
+        quantiser_estimate(quantiser, table, codes, rows, CODES, out);
+        /* The order of rows does not change an estimate. */
+        require(!memcmp(&out[2], &out[3], sizeof(float)), "one code, two estimates");
+    }
+    require(quantiser_encode(quantiser, vector, 2, NULL, codes, &err) == 0, "encode");
+    quantiser_decode(quantiser, codes, vector);
+    require(quantiser_memory_bytes(quantiser) > 0, "memory of nothing");
+    free(table);
+    free(scratch);
+    free(vector);
+    free(codes);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
+{
+    struct quantiser *quantiser = NULL;
+    struct error err = ERROR_INIT;
+    uint8_t *copy, *printed = NULL;
+    size_t printed_bytes;
+
+    if (bytes < 2)
+        return 0;
+    uint8_t mode = data[0];
+
+    bytes--;
+    copy = malloc(bytes);
+    require(copy != NULL, "no memory");
+    memcpy(copy, data + 1, bytes);
+    if (!(mode & 1) && bytes >= HEADER_BYTES) {
+        store_u64(copy + BYTES_AT, bytes);
+        store_u32(copy + CRC_AT, 0);
+        store_u32(copy + CRC_AT, crc32c(0, copy, bytes));
+    }
+    if (quantiser_decode_bytes(copy, bytes, "input", &quantiser, &err) == 0) {
+        use(quantiser, copy, bytes);
+        require(quantiser_encode_bytes(quantiser, &printed, &printed_bytes, &err) == 0, "print");
+        require(printed_bytes == bytes && !memcmp(printed, copy, bytes), "prints differently");
+        free(printed);
+    } else {
+        require(quantiser == NULL && (err.code == ERR_CORRUPT || err.code == ERR_UNSUPPORTED),
+                "another error");
+    }
+    quantiser_free(quantiser);
+    free(copy);
+    return 0;
+}
