@@ -111,6 +111,7 @@ static int directory_load(struct vfs *vfs, const char *path, struct index_direct
                           struct error *err)
 {
     char file[FILE_PATH_MAX];
+    struct vfs_stat stat;
     uint64_t count;
     int rc = -1;
     struct index_directory *d = calloc(1, sizeof *d);
@@ -121,7 +122,10 @@ static int directory_load(struct vfs *vfs, const char *path, struct index_direct
     }
     if (file_path_join(file, path, MANIFEST_NAME, err) < 0)
         goto done;
-    if (!file_exists(vfs, file)) {
+    if (file_stat(vfs, file, &stat, err) < 0) {
+        if (err->code != ERR_NOT_FOUND)
+            goto done;
+        error_clear(err);
         error_set(err, ERR_NOT_FOUND, "%s is not an index directory: it has no MANIFEST", path);
         error_remedy(err, "annd build INPUT --output %s makes one", path);
         goto done;

@@ -214,7 +214,7 @@ int search_engine_open(const struct search_engine_options *options, struct searc
         int code = pthread_create(&engine->workers[i].thread, NULL, work, &engine->workers[i]);
 
         if (code) {
-            error_set_errno(err, code, "starting search thread %u failed", i);
+            error_set(err, ERR_NOMEM, "starting search thread %u failed: %s", i, strerror(code));
             goto done;
         }
         engine->workers[i].started = true;

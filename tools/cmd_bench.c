@@ -41,13 +41,20 @@ static double cpu_seconds(void)
            ((double)usage.ru_utime.tv_usec + (double)usage.ru_stime.tv_usec) / 1e6;
 }
 
-/* Peak resident set of this process since its start, as the kernel counts it. */
+/* Peak resident set of this program since it started, as the kernel counts it. Not getrusage's
+ * ru_maxrss, which outlives exec and so would count the shell or script that started us. */
 static uint64_t peak_bytes(void)
 {
-    struct rusage usage;
+    unsigned long long kib = 0;
+    char line[128];
+    FILE *status = fopen("/proc/self/status", "re");
 
-    getrusage(RUSAGE_SELF, &usage);
-    return (uint64_t)usage.ru_maxrss * 1024;
+    while (status && fgets(line, sizeof line, status))
+        if (sscanf(line, "VmHWM: %llu kB", &kib) == 1)
+            break;
+    if (status)
+        fclose(status);
+    return kib * 1024;
 }
 
 static int compare_f64(const void *a, const void *b)

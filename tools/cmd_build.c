@@ -36,7 +36,7 @@ static int space_check(const char *folder, const struct vector_source *source, b
 
     if (vfs_posix()->space(vfs_posix(), folder, &free_bytes) < 0 || free_bytes >= needed)
         return 0;
-    error_set(err, ERR_NO_SPACE, "%s has %llu MiB free; the index will take about %llu MiB", folder,
+    error_set(err, ERR_BUDGET, "%s has %llu MiB free; the index will take about %llu MiB", folder,
               (unsigned long long)free_bytes >> 20, (unsigned long long)needed >> 20);
     return -1;
 }
