@@ -32,7 +32,7 @@
 /* Of sections larger than this, only each READ_STEP-th flip is also searched with; all are checked.
  */
 #define READ_ALL_BYTES 4096u
-#define READ_STEP 8u
+#define READ_STEP 16u
 #define WHERE "memory" /* the index directory's path */
 
 /* ---- files in memory ---- */
@@ -156,7 +156,7 @@ static void build_to_memory(void)
     struct schema *schema = NULL;
     struct error err = ERROR_INIT;
     struct random random;
-    uint32_t count;
+    uint32_t count = 0;
 
     snprintf(folder, sizeof folder, "%.40s/annd-test-XXXXXX", tmp ? tmp : "/var/tmp");
     assert_non_null(mkdtemp(folder));
@@ -182,7 +182,7 @@ static void build_to_memory(void)
     assert_in_range(count, 9, FILES_MAX); /* all kinds of section are there */
     for (image_count = 0; image_count < count; image_count++) {
         struct image *image = &images[image_count];
-        uint8_t *data;
+        uint8_t *data = NULL;
 
         snprintf(image->name, sizeof image->name, "%s", names[image_count]);
         if (file_path_join(path, folder, names[image_count], &err) < 0 ||

@@ -180,7 +180,7 @@ static void assert_folders_equal(const char *a, const char *b)
 {
     struct error err = ERROR_INIT;
     char **names, **others, path_a[FILE_PATH_MAX], path_b[FILE_PATH_MAX];
-    uint32_t count, other_count;
+    uint32_t count = 0, other_count = 0;
 
     if (file_list(vfs_posix(), a, &names, &count, &err) < 0 ||
         file_list(vfs_posix(), b, &others, &other_count, &err) < 0)
@@ -188,8 +188,8 @@ static void assert_folders_equal(const char *a, const char *b)
     assert_int_equal(count, other_count);
     assert_true(count >= 4);
     for (uint32_t i = 0; i < count; i++) {
-        uint8_t *bytes_a, *bytes_b;
-        size_t size_a, size_b;
+        uint8_t *bytes_a = NULL, *bytes_b = NULL;
+        size_t size_a = 0, size_b = 0;
 
         assert_string_equal(names[i], others[i]);
         if (file_path_join(path_a, a, names[i], &err) < 0 ||
