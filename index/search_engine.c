@@ -1,6 +1,6 @@
 /* One loop per thread: take tasks while slots are free, collect the reads all slots want, submit
  * them in one go, reap whatever has arrived, hand it to the slots, answer those that are done. A
- * thread sleeps in the ring while reads are in flight, else on the queue's condition. */
+ * thread sleeps in the ring while reads are in flight, else on its own condition. */
 #include "index/search_engine.h"
 
 #include <pthread.h>
@@ -29,19 +29,21 @@ struct worker {
     struct reader *reader;
     struct slot slots[SLOTS_MAX];
     uint32_t busy;
+    pthread_cond_t work; /* signalled after `waiting` is cleared */
+    bool waiting;        /* on the idle stack */
+    struct worker *idle_next;
 };
 
 struct search_engine {
     struct search_engine_options options;
     struct worker *workers;
     uint32_t worker_count;
-    pthread_mutex_t mutex; /* guards the queue, idle and stop */
-    pthread_cond_t work;
+    pthread_mutex_t mutex; /* guards the queue, the idle stack and stop */
     pthread_cond_t ready;
     struct search_task *first;
     struct search_task *last;
     uint32_t queued;
-    uint32_t idle; /* threads waiting on `work` */
+    struct worker *idle; /* a stack: who slept last has the warmest caches and wakes first */
     bool stop;
     enum reader_backend backend;
 };
@@ -102,6 +104,16 @@ static void start(struct worker *worker, struct search_task *task)
         finish(worker, slot);
 }
 
+/* Under the mutex. */
+static void wake_one(struct search_engine *engine)
+{
+    struct worker *worker = engine->idle;
+
+    engine->idle = worker->idle_next;
+    worker->waiting = false;
+    pthread_cond_signal(&worker->work);
+}
+
 /* Takes a fair share of the queue; waits for work only when the thread has nothing in flight.
  * Returns false when the engine stops and nothing is left. */
 static bool take(struct worker *worker)
@@ -118,9 +130,11 @@ static bool take(struct worker *worker)
             pthread_mutex_unlock(&engine->mutex);
             return false;
         }
-        engine->idle++;
-        pthread_cond_wait(&engine->work, &engine->mutex);
-        engine->idle--;
+        worker->waiting = true;
+        worker->idle_next = engine->idle;
+        engine->idle = worker;
+        while (worker->waiting)
+            pthread_cond_wait(&worker->work, &engine->mutex);
     }
     uint32_t share = (engine->queued + engine->worker_count - 1) / engine->worker_count;
 
@@ -189,7 +203,6 @@ int search_engine_open(const struct search_engine_options *options, struct searc
     if (!engine)
         return error_set(err, ERR_NOMEM, "no memory for the search engine");
     pthread_mutex_init(&engine->mutex, NULL);
-    pthread_cond_init(&engine->work, NULL);
     pthread_cond_init(&engine->ready, NULL);
     engine->options = *options;
     engine->worker_count = options->threads ? options->threads : cpu_count();
@@ -206,6 +219,7 @@ int search_engine_open(const struct search_engine_options *options, struct searc
             options->scratch_floats_max};
 
         worker->engine = engine;
+        pthread_cond_init(&worker->work, NULL);
         for (uint32_t s = 0; s < options->slots_per_thread; s++)
             if (disk_search_new(&limits, &worker->slots[s].search, err) < 0)
                 goto done;
@@ -246,7 +260,8 @@ void search_engine_close(struct search_engine *engine)
         return;
     pthread_mutex_lock(&engine->mutex);
     engine->stop = true;
-    pthread_cond_broadcast(&engine->work);
+    while (engine->idle)
+        wake_one(engine);
     pthread_mutex_unlock(&engine->mutex);
     for (uint32_t i = 0; engine->workers && i < engine->worker_count; i++) {
         struct worker *worker = &engine->workers[i];
@@ -255,9 +270,10 @@ void search_engine_close(struct search_engine *engine)
             pthread_join(worker->thread, NULL);
         for (uint32_t s = 0; s < SLOTS_MAX; s++)
             disk_search_free(worker->slots[s].search);
+        if (worker->engine)
+            pthread_cond_destroy(&worker->work);
     }
     free(engine->workers);
-    pthread_cond_destroy(&engine->work);
     pthread_cond_destroy(&engine->ready);
     pthread_mutex_destroy(&engine->mutex);
     free(engine);
@@ -280,7 +296,7 @@ int search_engine_submit(struct search_engine *engine, struct search_task *task,
         engine->last = task;
         engine->queued++;
         if (engine->idle)
-            pthread_cond_signal(&engine->work);
+            wake_one(engine);
     }
     pthread_mutex_unlock(&engine->mutex);
     return rc;
