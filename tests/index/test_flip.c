@@ -187,14 +187,14 @@ static void flip(const struct small_index *small, struct search_engine *engine,
 static void flip_everything(const struct small_index *small)
 {
     struct error err = ERROR_INIT;
-    struct index_directory *directory;
+    struct index_directory *directory = NULL;
     struct search_engine *engine;
     struct index_check found;
     struct view good, again;
     struct random random;
     struct tally tally = {0, 0};
-    char **names, path[FILE_PATH_MAX];
-    uint32_t count;
+    char **names = NULL, path[FILE_PATH_MAX];
+    uint32_t count = 0;
 
     if (index_directory_open(vfs_posix(), small->path, 0, true, &directory, &err) < 0)
         fail_msg("%s", err.message);
