@@ -12,6 +12,7 @@
 
 #define SLOTS_MAX 64u
 #define QUEUE_MAX 65536u
+#define RUN_PENDING_MAX 4096u /* of one search_engine_run */
 #define REAP_MAX 64u
 
 struct slot {
@@ -305,7 +306,7 @@ int search_engine_submit(struct search_engine *engine, struct search_task *task,
 struct run {
     pthread_mutex_t mutex;
     pthread_cond_t done;
-    uint32_t left;
+    uint32_t pending; /* submitted and not answered */
 };
 
 static void run_done(struct search_task *task)
@@ -313,32 +314,42 @@ static void run_done(struct search_task *task)
     struct run *run = task->context;
 
     pthread_mutex_lock(&run->mutex);
-    if (--run->left == 0)
-        pthread_cond_signal(&run->done);
+    run->pending--;
+    pthread_cond_signal(&run->done);
+    pthread_mutex_unlock(&run->mutex);
+}
+
+/* Waits until at most `most` tasks are pending. */
+static void run_wait(struct run *run, uint32_t most)
+{
+    pthread_mutex_lock(&run->mutex);
+    while (run->pending > most)
+        pthread_cond_wait(&run->done, &run->mutex);
     pthread_mutex_unlock(&run->mutex);
 }
 
 int search_engine_run(struct search_engine *engine, struct search_task *tasks, uint32_t count,
                       struct error *err)
 {
-    struct run run = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, count};
+    struct run run = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0};
     int rc = 0;
 
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count && rc == 0; i++) {
+        /* However many there are, the queue keeps room for others. */
+        run_wait(&run, RUN_PENDING_MAX - 1);
         tasks[i].done = run_done;
         tasks[i].context = &run;
-        if (search_engine_submit(engine, &tasks[i], err) < 0) {
+        pthread_mutex_lock(&run.mutex);
+        run.pending++;
+        pthread_mutex_unlock(&run.mutex);
+        rc = search_engine_submit(engine, &tasks[i], err);
+        if (rc < 0) {
             pthread_mutex_lock(&run.mutex);
-            run.left -= count - i; /* these will never report */
+            run.pending--; /* it will never report */
             pthread_mutex_unlock(&run.mutex);
-            rc = -1;
-            break;
         }
     }
-    pthread_mutex_lock(&run.mutex);
-    while (run.left)
-        pthread_cond_wait(&run.done, &run.mutex);
-    pthread_mutex_unlock(&run.mutex);
+    run_wait(&run, 0);
     return rc;
 }
 

@@ -259,6 +259,27 @@ static void test_a_damaged_page_fails_only_the_queries_that_need_it(void **state
     small_index_remove(&small);
 }
 
+static void test_more_queries_than_the_queue_holds_are_all_answered(void **state)
+{
+    struct small_options options = small_options_default(300, 4);
+    struct small_index small;
+    struct run other = plain;
+
+    (void)state;
+    options.queries = 66000; /* the queue holds 65,536 */
+    small_index_make(&options, &small);
+    other.list = K;
+    other.memory_bytes = 64u << 20;
+    struct outcome out = search(&small, &other);
+
+    for (uint32_t q = 0; q < small.query_count; q++) {
+        assert_int_equal(out.tasks[q].error.code, ERR_NONE);
+        assert_int_equal(out.tasks[q].hit_count, K);
+    }
+    outcome_free(&out);
+    small_index_remove(&small);
+}
+
 static void test_cancelled_and_late_queries_end_with_their_own_error(void **state)
 {
     struct small_options options = small_options_default(2000, 24);
@@ -337,6 +358,7 @@ int main(void)
         cmocka_unit_test(test_vectors_wider_than_a_page_are_found),
         cmocka_unit_test(test_answers_do_not_depend_on_threads_company_backend_or_memory),
         cmocka_unit_test(test_a_damaged_page_fails_only_the_queries_that_need_it),
+        cmocka_unit_test(test_more_queries_than_the_queue_holds_are_all_answered),
         cmocka_unit_test(test_cancelled_and_late_queries_end_with_their_own_error),
         cmocka_unit_test(test_original_vectors_and_keys_come_back_exactly),
     };
