@@ -2,7 +2,8 @@
  * its CRC, a run that fills up (about 1 MiB) is checksummed for the manifest and written in one
  * call, past the page cache. The header block is written last, when the file's length is known, and
  * the file is synced before the next section starts. A call that fails makes the writer refuse
- * everything after it: half a section can never be published. */
+ * everything after it: half a section can never be published. A preview is a manifest in the
+ * unpublished folder: nobody else opens that, and publishing writes and syncs a new one first. */
 #include "storage/segment_writer.h"
 
 #include <inttypes.h>
@@ -26,6 +27,7 @@ struct segment_writer {
     bool tmp_made;
     bool failed;
     bool published;
+    bool previewed; /* a manifest of the sections so far is there */
 
     /* The open section; file is NULL when there is none. */
     struct vfs_file *file;
@@ -351,7 +353,7 @@ int segment_writer_end(struct segment_writer *writer, struct error *err)
     return 0;
 }
 
-static int write_manifest(struct segment_writer *writer, struct error *err)
+static int write_manifest(struct segment_writer *writer, bool durable, struct error *err)
 {
     char path[FILE_PATH_MAX];
     struct vfs_file *file = NULL;
@@ -362,9 +364,11 @@ static int write_manifest(struct segment_writer *writer, struct error *err)
     if (file_path_join(path, writer->tmp_path, "segment.manifest", err) < 0 ||
         manifest_encode(writer->manifest, &data, &bytes, err) < 0)
         goto done;
+    if (writer->previewed && file_remove_all(writer->vfs, path, err) < 0)
+        goto done;
     file = file_open(writer->vfs, path, VFS_WRITE | VFS_CREATE, err);
     if (!file || file_write_full(file, path, data, bytes, 0, err) < 0 ||
-        file_sync(file, path, err) < 0)
+        (durable && file_sync(file, path, err) < 0))
         goto done;
     rc = 0;
 done:
@@ -372,6 +376,23 @@ done:
         rc = -1;
     free(data);
     return rc;
+}
+
+int segment_writer_preview(struct segment_writer *writer, struct error *err)
+{
+    if (usable(writer, false, err) < 0)
+        return -1;
+    writer->failed = true;
+    if (write_manifest(writer, false, err) < 0)
+        return -1;
+    writer->previewed = true;
+    writer->failed = false;
+    return 0;
+}
+
+const char *segment_writer_folder(const struct segment_writer *writer)
+{
+    return writer->tmp_path;
 }
 
 int segment_writer_publish(struct segment_writer *writer, struct error *err)
@@ -382,7 +403,8 @@ int segment_writer_publish(struct segment_writer *writer, struct error *err)
         return -1;
     writer->failed = true;
     file_path_folder(folder, writer->path);
-    if (write_manifest(writer, err) < 0 || file_dirsync(writer->vfs, writer->tmp_path, err) < 0)
+    if (write_manifest(writer, true, err) < 0 ||
+        file_dirsync(writer->vfs, writer->tmp_path, err) < 0)
         return -1;
     if (file_exists(writer->vfs, writer->path)) /* rename would replace an empty directory */
         return error_set(err, ERR_EXISTS, "%s is there already", writer->path);

@@ -32,6 +32,14 @@ int segment_writer_append(struct segment_writer *writer, const void *data, uint6
 uint64_t segment_writer_offset(const struct segment_writer *writer);
 int segment_writer_end(struct segment_writer *writer, struct error *err);
 
+/* Writes segment.manifest of the sections ended so far, so that
+ * segment_open(segment_writer_folder()) works while the writer goes on: what was just written can
+ * be measured. Not durable, and replaced by the next preview and by publish. ERR_INVALID while a
+ * section is open. Segments opened from it are closed before the writer. */
+int segment_writer_preview(struct segment_writer *writer, struct error *err);
+/* "<path>.tmp", the writer's. */
+const char *segment_writer_folder(const struct segment_writer *writer);
+
 /* Syncs, writes segment.manifest, renames. */
 int segment_writer_publish(struct segment_writer *writer, struct error *err);
 

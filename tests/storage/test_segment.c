@@ -73,6 +73,9 @@ static void make_id(uint8_t id[DIGEST_BYTES], uint64_t seed)
     id[31] = 0xAB;
 }
 
+/* Whether write_segment makes a preview after each section. */
+static bool previewing;
+
 /* chunk: bytes handed over at a time. */
 static int write_segment(struct vfs *vfs, const char *path, const struct part *parts,
                          uint32_t count, uint64_t seed, uint64_t chunk, struct error *err)
@@ -103,7 +106,8 @@ static int write_segment(struct vfs *vfs, const char *path, const struct part *p
             error_set(err, ERR_INTERNAL, "the offset is wrong");
             goto done;
         }
-        if (segment_writer_end(writer, err) < 0)
+        if (segment_writer_end(writer, err) < 0 ||
+            (previewing && segment_writer_preview(writer, err) < 0))
             goto done;
     }
     rc = segment_writer_publish(writer, err);
@@ -854,6 +858,91 @@ static void test_a_leftover_tmp_is_replaced_and_an_unpublished_one_removed(void 
     assert_int_equal(open_code(path), ERR_NONE);
 }
 
+static void append_part(struct segment_writer *writer, const struct part *part, uint64_t seed)
+{
+    uint8_t *data = payload_of_part(part, seed);
+    struct error err = ERROR_INIT;
+
+    if (segment_writer_begin(writer, part->name, part->kind, part->block_bytes, &err) < 0 ||
+        segment_writer_append(writer, data, part->payload_bytes, &err) < 0 ||
+        segment_writer_end(writer, &err) < 0)
+        fail_msg("%s", err.message);
+    free(data);
+}
+
+static void test_a_preview_opens_and_the_writer_goes_on(void **state)
+{
+    struct segment_writer *writer = NULL;
+    struct segment *early, *later, *plain;
+    uint8_t id[DIGEST_BYTES];
+    char path[400], tmp[410], other[400], manifest[500];
+    uint8_t *bytes[2] = {NULL, NULL};
+    size_t counts[2];
+
+    (void)state;
+    path_in(path, "previewed");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    make_id(id, 41);
+    assert_int_equal(segment_writer_open(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_string_equal(segment_writer_folder(writer), tmp);
+    assert_int_equal(manifest_set_u64(segment_writer_manifest(writer), "f.degree", 32, NULL), 0);
+    assert_int_equal(segment_writer_preview(writer, NULL), 0); /* of nothing yet */
+    append_part(writer, &small[0], 41);
+    assert_int_equal(segment_writer_preview(writer, NULL), 0);
+    early = must_open(vfs_posix(), segment_writer_folder(writer));
+    assert_int_equal(segment_section_count(early), 1);
+    append_part(writer, &small[1], 41);
+    assert_int_equal(segment_writer_preview(writer, NULL), 0); /* a second one, over the first */
+    later = must_open(vfs_posix(), tmp);
+    assert_int_equal(payload_is_right(later, small, 2, 41), 1);
+    assert_int_equal(segment_writer_begin(writer, small[2].name, small[2].kind, 4096, NULL), 0);
+    assert_int_equal(segment_writer_preview(writer, NULL), -1); /* a section is open */
+    assert_int_equal(segment_writer_end(writer, NULL), 0);
+    assert_int_equal(payload_is_right(early, small, 1, 41), 1);
+    assert_int_equal(segment_writer_publish(writer, NULL), 0);
+    assert_int_equal(segment_writer_preview(writer, NULL), -1);
+    segment_close(early);
+    segment_close(later);
+    segment_writer_close(writer);
+    assert_false(file_exists(vfs_posix(), tmp));
+
+    /* No trace of it: the same bytes as without. */
+    path_in(other, "not-previewed");
+    must_write(other, small, 3, 41);
+    for (uint32_t i = 0; i < 2; i++) {
+        snprintf(manifest, sizeof manifest, "%s/segment.manifest", i ? other : path);
+        assert_int_equal(
+            file_read_whole(vfs_posix(), manifest, 1u << 20, &bytes[i], &counts[i], NULL), 0);
+    }
+    assert_int_equal(counts[0], counts[1]);
+    assert_memory_equal(bytes[0], bytes[1], counts[0]);
+    free(bytes[0]);
+    free(bytes[1]);
+    plain = must_open(vfs_posix(), path);
+    assert_int_equal(segment_check(plain, NULL, NULL), 0);
+    assert_int_equal(payload_is_right(plain, small, 3, 41), 1);
+    segment_close(plain);
+}
+
+static void test_a_preview_that_is_not_published_leaves_nothing(void **state)
+{
+    struct segment_writer *writer = NULL;
+    uint8_t id[DIGEST_BYTES];
+    char path[400], tmp[410];
+
+    (void)state;
+    path_in(path, "preview-dropped");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    make_id(id, 42);
+    assert_int_equal(segment_writer_open(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    append_part(writer, &small[0], 42);
+    assert_int_equal(segment_writer_preview(writer, NULL), 0);
+    assert_int_equal(open_code(path), ERR_NOT_FOUND);
+    segment_writer_close(writer);
+    assert_false(file_exists(vfs_posix(), path));
+    assert_false(file_exists(vfs_posix(), tmp));
+}
+
 static void test_a_copied_segment_is_the_same_segment(void **state)
 {
     struct segment *segment;
@@ -925,6 +1014,7 @@ static void sweep(const struct vfs_fault_plan *kind, bool claims_success)
 static void test_no_failing_call_publishes_half_a_segment(void **state)
 {
     (void)state;
+    previewing = true;
     sweep(&(struct vfs_fault_plan){.errno_value = EIO}, false);
     sweep(&(struct vfs_fault_plan){.errno_value = ENOSPC}, false);
     sweep(&(struct vfs_fault_plan){.call = VFS_CALL_WRITE, .effect = VFS_EFFECT_SHORT}, false);
@@ -932,6 +1022,7 @@ static void test_no_failing_call_publishes_half_a_segment(void **state)
                                    .effect = VFS_EFFECT_TEAR_ERRNO,
                                    .errno_value = ENOSPC},
           false);
+    previewing = false;
 }
 
 static void test_a_lying_disk_is_found_out(void **state)
@@ -962,6 +1053,8 @@ int main(void)
         cmocka_unit_test(test_a_cancelled_check_says_so),
         cmocka_unit_test(test_the_writer_refuses_what_it_cannot_do),
         cmocka_unit_test(test_a_leftover_tmp_is_replaced_and_an_unpublished_one_removed),
+        cmocka_unit_test(test_a_preview_opens_and_the_writer_goes_on),
+        cmocka_unit_test(test_a_preview_that_is_not_published_leaves_nothing),
         cmocka_unit_test(test_a_copied_segment_is_the_same_segment),
         cmocka_unit_test(test_no_failing_call_publishes_half_a_segment),
         cmocka_unit_test(test_a_lying_disk_is_found_out),
