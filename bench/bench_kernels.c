@@ -1,15 +1,21 @@
 /* Nanoseconds per call of every distance kernel on every instruction set this CPU has, and per row
- * of the code look-ups. Usage: bench_kernels [NAME_PART] prints the kernels whose name contains it.
+ * of the code look-ups; and of what a search keeps its books with, which has no kernels.
+ * Usage: bench_kernels [NAME_PART] prints the kernels whose name contains it.
  *
  * Operands rotate through enough vectors to defeat a lucky alignment but stay in the second-level
  * cache: this measures arithmetic, not memory. Each figure is the best of several short runs, which
- * on a shared machine is the one least disturbed. Code rows are spread over 32 MiB. */
+ * on a shared machine is the one least disturbed. The scans take random cells, or lists of rows, of
+ * a million codes, or of as many as fit the second-level cache ("near", as the neighbours of a walk
+ * that has seen its surroundings). */
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "index/candidate_list.h"
+#include "index/code_scan.h"
 #include "index/distance.h"
 #include "storage/base/random.h"
 
@@ -18,18 +24,32 @@
 #define RUN_NS 3e6
 #define DIM_MAX 2048u
 #define VECTOR_BYTES (4 * DIM_MAX + 192) /* not a power of two: all cache sets are used */
-#define CODE_BYTES (32u << 20)
-#define ADC_ROWS 64u
-#define ADC_LISTS 256u
+#define SCAN_CODES (1u << 20)
+#define SCAN_CHUNKS_MAX 129u
+#define SCAN_CELL 64u
+#define SCAN_LIST 32u /* rows a call: what is new among a node's neighbours */
+#define SCAN_LISTS 4096u
+#define NEAR_BYTES (256u << 10)
+#define BELOW_COUNT 4096u
+#define BURST 32u   /* candidates between two merges */
+#define BURSTS 24u  /* of a search */
+#define MARKS 2048u /* of a search */
 
 struct bench {
     const struct distance_kernels *table;
+    const struct code_scan_kernels *scan;
     uint32_t dim;
     uint8_t *a, *b;      /* VECTORS x VECTOR_BYTES, small halves: fit for any element type */
     float *lookup;       /* DIM_MAX x 256 */
-    uint8_t *codes;      /* CODE_BYTES */
-    uint32_t *rows;      /* ADC_LISTS x ADC_ROWS */
+    uint8_t *codes;      /* SCAN_CODES x SCAN_CHUNKS_MAX */
     float *out;          /* DIM_MAX */
+    uint16_t *entries;   /* SCAN_CHUNKS_MAX x 256 */
+    uint32_t *scan_rows; /* SCAN_LISTS x SCAN_LIST, below SCAN_CODES */
+    uint32_t *near_rows; /* the same, in NEAR_BYTES */
+    uint16_t *sums;      /* BELOW_COUNT */
+    uint32_t *hits;      /* BELOW_COUNT */
+    struct candidate_list list;
+    struct mark_set marks;
     volatile float sink; /* keeps the results alive */
 };
 
@@ -87,32 +107,107 @@ static double now_ns(void)
     }
 KERNELS(DEFINE_LOOP)
 
-/* A list of ADC_ROWS random rows a call, as a search hands over the neighbours of a node. */
-static void loop_adc_rows(struct bench *bench, uint32_t calls)
+static void loop_scan_run(struct bench *bench, uint32_t calls)
 {
     for (uint32_t i = 0; i < calls; i++)
-        bench->table->adc_rows(bench->lookup, bench->dim, bench->codes, bench->dim,
-                               bench->rows + i % ADC_LISTS * ADC_ROWS, ADC_ROWS, bench->out);
+        bench->scan->run(bench->entries, bench->dim, bench->codes, bench->dim,
+                         bench->scan_rows[i % (SCAN_LISTS * SCAN_LIST)] / SCAN_CELL * SCAN_CELL,
+                         SCAN_CELL, bench->sums);
 }
 
-static void loop_adc4_rows(struct bench *bench, uint32_t calls)
+static void loop_scan_rows(struct bench *bench, uint32_t calls)
 {
     for (uint32_t i = 0; i < calls; i++)
-        bench->table->adc4_rows(bench->lookup, bench->dim, bench->codes, bench->dim / 2,
-                                bench->rows + i % ADC_LISTS * ADC_ROWS, ADC_ROWS, bench->out);
+        bench->scan->rows(bench->entries, bench->dim, bench->codes, bench->dim,
+                          bench->scan_rows + i % SCAN_LISTS * SCAN_LIST, SCAN_LIST, bench->sums);
+}
+
+static void loop_scan_near(struct bench *bench, uint32_t calls)
+{
+    for (uint32_t i = 0; i < calls; i++)
+        bench->scan->rows(bench->entries, bench->dim, bench->codes, bench->dim,
+                          bench->near_rows + i % SCAN_LISTS * SCAN_LIST, SCAN_LIST, bench->sums);
+}
+
+/* dim of a thousand sums are within the limit. */
+static void loop_scan_below(struct bench *bench, uint32_t calls)
+{
+    uint32_t found = 0;
+
+    for (uint32_t i = 0; i < BELOW_COUNT; i++)
+        bench->sums[i] = (uint16_t)(i * 40503u);
+    for (uint32_t i = 0; i < calls; i++)
+        found += bench->scan->below(bench->sums, BELOW_COUNT, (uint16_t)(bench->dim * 65535 / 1000),
+                                    bench->hits);
+    bench->sink = (float)found;
+}
+
+static void loop_table_fill(struct bench *bench, uint32_t calls)
+{
+    struct code_table table = {.entries = bench->entries};
+
+    for (uint32_t i = 0; i < calls; i++)
+        code_table_fill(&table, bench->lookup, bench->dim);
+    bench->sink = table.step;
+}
+
+/* A search's candidates, nearer ones as it goes on: BURSTS times BURST, each burst merged. */
+static void loop_candidates(struct bench *bench, uint32_t calls)
+{
+    struct candidate_list *list = &bench->list;
+
+    for (uint32_t i = 0; i < calls; i++) {
+        candidate_list_clear(list, bench->dim);
+        for (uint32_t b = 0; b < BURSTS; b++) {
+            for (uint32_t j = 0; j < BURST; j++) {
+                uint32_t at = ((i * BURSTS + b) * BURST + j) % (SCAN_LISTS * SCAN_LIST);
+
+                candidate_list_add(list, (float)bench->scan_rows[at] / (float)(b + 1),
+                                   bench->scan_rows[at], at, 1.0f, LISTED_UNREAD);
+            }
+            candidate_list_merge(list);
+        }
+    }
+    bench->sink = list->items[0].distance;
+}
+
+/* A search's visits: MARKS nodes of the million, most of them met once. */
+static void loop_marks(struct bench *bench, uint32_t calls)
+{
+    uint32_t old = 0;
+
+    for (uint32_t i = 0; i < calls; i++) {
+        mark_set_clear(&bench->marks);
+        for (uint32_t j = 0; j < MARKS; j++) {
+            uint32_t number = bench->scan_rows[(i * MARKS + j) % (SCAN_LISTS * SCAN_LIST)];
+            struct mark *mark = mark_set_find(&bench->marks, number);
+
+            if (mark_is_set(&bench->marks, mark))
+                old++;
+            else
+                mark_set_put(&bench->marks, mark, number, j);
+        }
+    }
+    bench->sink = (float)old;
 }
 
 struct loop {
     const char *name;
     void (*run)(struct bench *bench, uint32_t calls);
     uint32_t items_per_call;
-    uint32_t dims[3];
+    uint32_t dims[4]; /* ends before a zero */
+    bool plain;       /* the same on every instruction set: measured once */
 };
 
-#define LOOP_ENTRY(name, call) {#name, loop_##name, 1, {128, 512, 2048}},
+#define LOOP_ENTRY(name, call) {#name, loop_##name, 1, {128, 512, 2048}, false},
 static const struct loop loops[] = {
-    KERNELS(LOOP_ENTRY){"adc_rows (a row)", loop_adc_rows, ADC_ROWS, {32, 64, 128}},
-    {"adc4_rows (a row)", loop_adc4_rows, ADC_ROWS, {128, 512, 2048}},
+    KERNELS(LOOP_ENTRY){"scan_run (a code)", loop_scan_run, SCAN_CELL, {32, 64, 97, 129}, false},
+    {"scan_rows (a code)", loop_scan_rows, SCAN_LIST, {32, 64, 97, 129}, false},
+    {"scan_near (a code)", loop_scan_near, SCAN_LIST, {32, 64, 97, 129}, false},
+    {"scan_below (a sum)", loop_scan_below, BELOW_COUNT, {1, 10, 100}, false},
+    {"table_fill", loop_table_fill, 1, {32, 64, 97, 129}, true},
+    {"candidates (each)", loop_candidates, BURST *BURSTS, {50, 200, 1000}, true},
+    {"marks (each)", loop_marks, MARKS, {1}, true},
 };
 
 static double measure(struct bench *bench, const struct loop *loop)
@@ -142,15 +237,24 @@ static double measure(struct bench *bench, const struct loop *loop)
 static int bench_init(struct bench *bench)
 {
     struct random random;
+    struct error err;
 
     memset(bench, 0, sizeof(*bench));
     bench->a = malloc(VECTORS * VECTOR_BYTES);
     bench->b = malloc(VECTORS * VECTOR_BYTES);
     bench->lookup = malloc(DIM_MAX * 256 * sizeof(float));
-    bench->codes = malloc(CODE_BYTES);
-    bench->rows = malloc(ADC_LISTS * ADC_ROWS * sizeof(uint32_t));
+    bench->codes = malloc((size_t)SCAN_CODES * SCAN_CHUNKS_MAX);
     bench->out = malloc(DIM_MAX * sizeof(float));
-    if (!bench->a || !bench->b || !bench->lookup || !bench->codes || !bench->rows || !bench->out)
+    bench->entries = aligned_alloc(64, SCAN_CHUNKS_MAX * 256 * sizeof(uint16_t));
+    bench->scan_rows = malloc(SCAN_LISTS * SCAN_LIST * sizeof(uint32_t));
+    bench->near_rows = malloc(SCAN_LISTS * SCAN_LIST * sizeof(uint32_t));
+    bench->sums = malloc(BELOW_COUNT * sizeof(uint16_t));
+    bench->hits = malloc(BELOW_COUNT * sizeof(uint32_t));
+    if (!bench->a || !bench->b || !bench->lookup || !bench->codes || !bench->out ||
+        !bench->entries || !bench->scan_rows || !bench->near_rows || !bench->sums || !bench->hits)
+        return -1;
+    if (candidate_list_init(&bench->list, 1000, 256, &err) < 0 ||
+        mark_set_init(&bench->marks, MARKS, &err) < 0)
         return -1;
     random_init(&random, 1, 0);
     for (uint32_t i = 0; i < VECTORS * VECTOR_BYTES / 2; i++) {
@@ -163,8 +267,15 @@ static int bench_init(struct bench *bench)
     }
     for (uint32_t i = 0; i < DIM_MAX * 256; i++)
         bench->lookup[i] = random_float(&random);
-    for (uint32_t i = 0; i < CODE_BYTES; i++)
-        bench->codes[i] = (uint8_t)random_u64(&random);
+    for (size_t i = 0; i < (size_t)SCAN_CODES * SCAN_CHUNKS_MAX; i += 8) {
+        uint64_t eight = random_u64(&random);
+
+        memcpy(bench->codes + i, &eight, 8);
+    }
+    for (uint32_t i = 0; i < SCAN_CHUNKS_MAX * 256; i++)
+        bench->entries[i] = (uint16_t)random_u64(&random);
+    for (uint32_t i = 0; i < SCAN_LISTS * SCAN_LIST; i++)
+        bench->scan_rows[i] = (uint32_t)random_below(&random, SCAN_CODES);
     return 0;
 }
 
@@ -174,8 +285,14 @@ static void bench_release(struct bench *bench)
     free(bench->b);
     free(bench->lookup);
     free(bench->codes);
-    free(bench->rows);
     free(bench->out);
+    free(bench->entries);
+    free(bench->scan_rows);
+    free(bench->near_rows);
+    free(bench->sums);
+    free(bench->hits);
+    candidate_list_release(&bench->list);
+    mark_set_release(&bench->marks);
 }
 
 int main(int argc, char **argv)
@@ -199,14 +316,15 @@ int main(int argc, char **argv)
     for (size_t l = 0; l < sizeof(loops) / sizeof(loops[0]); l++) {
         if (argc > 1 && !strstr(loops[l].name, argv[1]))
             continue;
-        for (uint32_t d = 0; d < 3; d++) {
+        for (uint32_t d = 0; d < 4 && loops[l].dims[d]; d++) {
             bench.dim = loops[l].dims[d];
-            for (uint32_t i = 0; i < ADC_LISTS * ADC_ROWS; i++)
-                bench.rows[i] = (uint32_t)random_below(&random, CODE_BYTES / bench.dim);
+            for (uint32_t i = 0; i < SCAN_LISTS * SCAN_LIST; i++)
+                bench.near_rows[i] = (uint32_t)random_below(&random, NEAR_BYTES / bench.dim);
             printf("%-18s %5u", loops[l].name, bench.dim);
             for (int isa = 0; isa < ISA_COUNT; isa++) {
                 bench.table = distance_kernels_for((enum isa)isa);
-                if (bench.table)
+                bench.scan = code_scan_kernels_for((enum isa)isa);
+                if (bench.table && !(loops[l].plain && isa != ISA_SCALAR))
                     printf(" %10.1f", measure(&bench, &loops[l]));
             }
             printf("\n");

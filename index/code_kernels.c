@@ -25,11 +25,20 @@
     typedef int32_t i32x##lanes __attribute__((vector_size(lanes * 4)));                           \
     typedef float f32x##lanes##_loose                                                              \
         __attribute__((vector_size(lanes * 4), aligned(4), may_alias));                            \
-    typedef uint8_t u8x##lanes##_loose __attribute__((vector_size(lanes), aligned(1), may_alias));
+    typedef uint16_t u16x##lanes##_loose                                                           \
+        __attribute__((vector_size(lanes * 2), aligned(2), may_alias));
 
 VECTORS(4)
 VECTORS(8)
 VECTORS(16)
+
+static inline f32x4 halves_portable(const uint16_t *p)
+{
+    i32x4 bits = __builtin_convertvector(*(const u16x4_loose *)p, i32x4);
+    f32x4 size = (f32x4)((bits & 0x7fff) << 13) * 0x1p112f;
+
+    return (f32x4)((i32x4)size | (i32x4)((bits & 0x8000) << 16));
+}
 
 /* The portable version: SSE2 on x86-64, NEON on AArch64, whatever the compiler makes elsewhere. */
 #define VERSION(function) function##_portable
@@ -39,7 +48,9 @@ VECTORS(16)
 #define f32v f32x4
 #define i32v i32x4
 #define f32v_loose f32x4_loose
-#define u8v_loose u8x4_loose
+/* Exponent and fraction moved into their places in a float, and the exponents' bases made equal by
+ * a power of two: exact, numbers below the least normal half included. */
+#define LOAD_HALVES(p) halves_portable(p)
 #define BETTER(s, best, id, best_id)                                                               \
     do {                                                                                           \
         i32x4 less_ = (s) < (best);                                                                \
@@ -55,12 +66,12 @@ VECTORS(16)
 
 #define VERSION(function) function##_avx2
 #define VERSION_NAME "avx2"
-#define ATTRIBUTE __attribute__((target("avx2,fma")))
+#define ATTRIBUTE __attribute__((target("avx2,fma,f16c")))
 #define LANES 8u
 #define f32v f32x8
 #define i32v i32x8
 #define f32v_loose f32x8_loose
-#define u8v_loose u8x8_loose
+#define LOAD_HALVES(p) ((f32x8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define BETTER(s, best, id, best_id)                                                               \
     do {                                                                                           \
         __m256 less_ = _mm256_cmp_ps((__m256)(s), (__m256)(best), _CMP_LT_OQ);                     \
@@ -77,12 +88,12 @@ VECTORS(16)
 
 #define VERSION(function) function##_avx512
 #define VERSION_NAME "avx512"
-#define ATTRIBUTE __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")))
+#define ATTRIBUTE __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define LANES 16u
 #define f32v f32x16
 #define i32v i32x16
 #define f32v_loose f32x16_loose
-#define u8v_loose u8x16_loose
+#define LOAD_HALVES(p) ((f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define BETTER(s, best, id, best_id)                                                               \
     do {                                                                                           \
         __mmask16 less_ = _mm512_cmp_ps_mask((__m512)(s), (__m512)(best), _CMP_LT_OQ);             \

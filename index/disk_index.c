@@ -1,16 +1,18 @@
 /* Opening reads the field's parameters from the segment's manifest, checks every number against
- * the sections' real sizes, then loads codes and quantiser, and fills what the budget leaves with
- * pages from the front of the file. */
+ * the sections' real sizes, then loads codes, quantiser, cells and calibration, and fills what the
+ * budget leaves with pages from the front of the file. */
 #include "index/disk_index.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "storage/base/bytes.h"
 #include "storage/file.h"
 
 #define LOAD_BYTES (1u << 20)
+#define HUGE_BYTES (2u << 20)
 /* Keys and vectors are fetched in bursts of so many pages. */
 #define FETCH_PAGES 64u
 
@@ -55,7 +57,7 @@ static int parameters_read(struct disk_index *index, const struct segment *segme
 {
     uint64_t rows = segment_row_count(segment);
     uint64_t dim, element, metric, store, code_bytes, page_bytes, capacity, degree, entry, keys,
-        positions, normalised, exact, zeros;
+        positions, normalised, exact, zeros, cell_pages;
 
     if (rows < 1 || rows > UINT32_MAX)
         return error_set(err, ERR_CORRUPT, "%s says %llu rows", segment_path(segment),
@@ -64,7 +66,7 @@ static int parameters_read(struct disk_index *index, const struct segment *segme
         field_u64(segment, field, "element", 1, 16, &element, err) < 0 ||
         field_u64(segment, field, "metric", 1, 16, &metric, err) < 0 ||
         field_u64(segment, field, "store", 1, 64, &store, err) < 0 ||
-        field_u64(segment, field, "code_bytes", 1, dim, &code_bytes, err) < 0 ||
+        field_u64(segment, field, "code_bytes", 1, dim + 1, &code_bytes, err) < 0 ||
         field_u64(segment, field, "page_bytes", FILE_BLOCK_BYTES, PAGE_BYTES_MAX, &page_bytes,
                   err) < 0 ||
         field_u64(segment, field, "page_capacity", 1, PAGE_CAPACITY_MAX, &capacity, err) < 0 ||
@@ -74,7 +76,9 @@ static int parameters_read(struct disk_index *index, const struct segment *segme
         field_u64(segment, field, "page_holds_rows", 0, 1, &positions, err) < 0 ||
         field_u64(segment, field, "normalised", 0, 1, &normalised, err) < 0 ||
         field_u64(segment, field, "exact_pages", 0, 1, &exact, err) < 0 ||
-        field_u64(segment, field, "zero_vectors", 0, rows, &zeros, err) < 0)
+        field_u64(segment, field, "zero_vectors", 0, rows, &zeros, err) < 0 ||
+        field_u64(segment, field, "cell_pages", 1, UINT32_MAX / PAGE_CAPACITY_MAX, &cell_pages,
+                  err) < 0)
         return -1;
     if (element_bytes((enum element_type)element, (uint32_t)dim) == 0 || metric > METRIC_COSINE)
         return error_set(err, ERR_UNSUPPORTED,
@@ -91,6 +95,9 @@ static int parameters_read(struct disk_index *index, const struct segment *segme
     index->row_count = (uint32_t)rows;
     index->entry_point = (uint32_t)entry;
     index->max_degree = (uint32_t)degree;
+    index->cell_pages = (uint32_t)cell_pages;
+    index->page_reciprocal = UINT64_MAX / capacity + 1;
+    index->cell_reciprocal = UINT64_MAX / cell_pages + 1;
     index->normalised = normalised;
     index->exact_pages = exact;
     index->zero_vector_count = zeros;
@@ -131,15 +138,33 @@ static int parameters_read(struct disk_index *index, const struct segment *segme
     return 0;
 }
 
+/* A whole section that is small enough to be held twice for a moment. */
+static int section_read(const struct segment *segment, const struct segment_section *section,
+                        uint8_t **out, struct error *err)
+{
+    uint8_t *bytes;
+
+    if (section->payload_bytes > (UINT64_C(1) << 34))
+        return error_set(err, ERR_CORRUPT, "%s/%s is %llu bytes long", segment_path(segment),
+                         section->name, (unsigned long long)section->payload_bytes);
+    bytes = malloc(section->payload_bytes ? section->payload_bytes : 1);
+    if (!bytes)
+        return error_set(err, ERR_NOMEM, "no memory for %s", section->name);
+    if (segment_read(segment, section, 0, section->payload_bytes, bytes, err) < 0) {
+        free(bytes);
+        return -1;
+    }
+    *out = bytes;
+    return 0;
+}
+
 static int quantiser_load(struct disk_index *index, const struct segment_section *section,
                           struct error *err)
 {
-    uint8_t *bytes = malloc(section->payload_bytes ? section->payload_bytes : 1);
+    uint8_t *bytes = NULL;
     int rc = -1;
 
-    if (!bytes)
-        return error_set(err, ERR_NOMEM, "no memory for the quantiser");
-    if (segment_read(index->segment, section, 0, section->payload_bytes, bytes, err) < 0 ||
+    if (section_read(index->segment, section, &bytes, err) < 0 ||
         quantiser_decode_bytes(bytes, section->payload_bytes, segment_path(index->segment),
                                &index->quantiser, err) < 0)
         goto done;
@@ -156,19 +181,101 @@ done:
     return rc;
 }
 
+static int cells_load(struct disk_index *index, struct error *err)
+{
+    const struct segment_section *section;
+    uint64_t rows = (uint64_t)index->cell_pages * index->format.capacity;
+    uint64_t count = (index->row_count + rows - 1) / rows;
+    uint8_t *bytes = NULL;
+    int rc = -1;
+
+    if (section_wanted(index->segment, index->field, "cells", 0, &section, err) < 0 ||
+        section_read(index->segment, section, &bytes, err) < 0 ||
+        cells_decode_bytes(bytes, section->payload_bytes, segment_path(index->segment),
+                           &index->cells, err) < 0)
+        goto done;
+    if (cells_rows(index->cells) != rows || cells_count(index->cells) != count ||
+        cells_dim(index->cells) != index->dim) {
+        error_set(err, ERR_CORRUPT,
+                  "%s/%s has %u cells of %u rows and %u dimensions, wanted %llu of %llu and %u",
+                  segment_path(index->segment), section->name, cells_count(index->cells),
+                  cells_rows(index->cells), cells_dim(index->cells), (unsigned long long)count,
+                  (unsigned long long)rows, index->dim);
+        goto done;
+    }
+    rc = 0;
+done:
+    free(bytes);
+    return rc;
+}
+
+static int calibration_load(struct disk_index *index, struct error *err)
+{
+    const struct segment_section *section =
+        field_section(index->segment, index->field, "calibration");
+    uint8_t *bytes = NULL;
+    int rc = -1;
+
+    if (!section)
+        return 0;
+    index->calibration = malloc(sizeof *index->calibration);
+    if (!index->calibration)
+        return error_set(err, ERR_NOMEM, "no memory for the calibration");
+    if (section_read(index->segment, section, &bytes, err) < 0 ||
+        walk_calibration_decode(bytes, section->payload_bytes, segment_path(index->segment),
+                                index->calibration, err) < 0)
+        goto done;
+    rc = 0;
+done:
+    free(bytes);
+    return rc;
+}
+
+/* What is loaded besides codes and pages. */
+static int tables_load(struct disk_index *index, const struct segment_section *quantiser,
+                       uint64_t *bytes, struct error *err)
+{
+    if (quantiser_load(index, quantiser, err) < 0 || cells_load(index, err) < 0 ||
+        calibration_load(index, err) < 0)
+        return -1;
+    *bytes = quantiser_memory_bytes(index->quantiser) + cells_memory_bytes(index->cells) +
+             (index->calibration ? sizeof *index->calibration : 0) + sizeof *index;
+    return 0;
+}
+
 int disk_index_memory_min(const struct segment *segment, uint32_t field, uint64_t *bytes,
                           struct error *err)
 {
-    struct disk_index index = {0};
     const struct segment_section *codes, *quantiser;
+    struct disk_index *index = calloc(1, sizeof *index);
+    uint64_t tables;
+    int rc = -1;
 
-    if (parameters_read(&index, segment, field, &codes, &quantiser, err) < 0)
-        return -1;
-    if (quantiser_load(&index, quantiser, err) < 0)
-        return -1;
-    *bytes = codes->payload_bytes + quantiser_memory_bytes(index.quantiser) + sizeof index;
-    quantiser_free(index.quantiser);
-    return 0;
+    if (!index)
+        return error_set(err, ERR_NOMEM, "no memory for an index");
+    if (parameters_read(index, segment, field, &codes, &quantiser, err) < 0 ||
+        tables_load(index, quantiser, &tables, err) < 0)
+        goto done;
+    *bytes = codes->payload_bytes + tables;
+    rc = 0;
+done:
+    disk_index_close(index);
+    return rc;
+}
+
+/* Memory that is read at random all over: huge pages spare most of the address look-ups. */
+static uint8_t *random_access_alloc(uint64_t bytes)
+{
+    void *memory;
+    uint64_t rounded = (bytes + HUGE_BYTES - 1) & ~(uint64_t)(HUGE_BYTES - 1);
+
+    if (bytes < 4 * HUGE_BYTES)
+        return file_buffer_alloc(bytes ? bytes : 1);
+    if (posix_memalign(&memory, HUGE_BYTES, bytes))
+        return NULL;
+    /* Only whole ones: the last would take up memory beyond what was granted. */
+    madvise(memory, rounded - (rounded > bytes ? HUGE_BYTES : 0), MADV_HUGEPAGE);
+    return memory;
 }
 
 static int resident_load(struct disk_index *index, uint64_t budget, struct error *err)
@@ -180,7 +287,7 @@ static int resident_load(struct disk_index *index, uint64_t budget, struct error
         count = index->format.page_count;
     if (!count)
         return 0;
-    index->resident_pages = file_buffer_alloc(count * page_bytes);
+    index->resident_pages = random_access_alloc(count * page_bytes);
     if (!index->resident_pages)
         return error_set(err, ERR_NOMEM, "no memory for %llu resident pages",
                          (unsigned long long)count);
@@ -210,16 +317,16 @@ int disk_index_open(const struct segment *segment, uint32_t field, uint64_t memo
 {
     const struct segment_section *codes, *quantiser;
     int rc = -1;
+    uint64_t tables, needed;
     struct disk_index *index = calloc(1, sizeof *index);
 
     if (!index)
         return error_set(err, ERR_NOMEM, "no memory for an index");
     index->kernels = distance_kernels_best();
     if (parameters_read(index, segment, field, &codes, &quantiser, err) < 0 ||
-        quantiser_load(index, quantiser, err) < 0)
+        tables_load(index, quantiser, &tables, err) < 0)
         goto done;
-    uint64_t tables = quantiser_memory_bytes(index->quantiser) + sizeof *index;
-    uint64_t needed = codes->payload_bytes + tables;
+    needed = codes->payload_bytes + tables;
 
     if (memory_bytes && memory_bytes < needed) {
         error_set(err, ERR_BUDGET,
@@ -231,7 +338,7 @@ int disk_index_open(const struct segment *segment, uint32_t field, uint64_t memo
                      index->code_bytes);
         goto done;
     }
-    index->codes = malloc(codes->payload_bytes);
+    index->codes = random_access_alloc(codes->payload_bytes);
     if (!index->codes) {
         error_set(err, ERR_NOMEM, "no memory for %llu bytes of codes",
                   (unsigned long long)codes->payload_bytes);
@@ -261,6 +368,8 @@ void disk_index_close(struct disk_index *index)
     if (!index)
         return;
     quantiser_free(index->quantiser);
+    cells_free(index->cells);
+    free(index->calibration);
     free(index->codes);
     free(index->resident_pages);
     free(index);

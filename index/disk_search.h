@@ -1,8 +1,10 @@
-/* disk_search: beam search over a segment's pages, as one query's state machine.
+/* disk_search: one query's walk over a segment's pages, as a state machine.
  *
- * Subramanya et al. 2019 (DiskANN), with pages that hold several nodes: a step reads the pages of
- * the best unexpanded candidates, scores every vector on them from its stored form, and expands all
- * loaded nodes that rank in the list before reading again. Codes steer; stored vectors decide.
+ * Subramanya et al. 2019 (DiskANN), with pages that hold several nodes and seeds from scanned
+ * cells: a query scans the codes of its nearest cells (cells.h), then reads the pages of the best
+ * candidates, scores every vector on them from its stored form, and expands all loaded nodes that
+ * rank in the list before it reads again. It stops by its rule (walk_rule.h). Codes steer; stored
+ * vectors decide.
  *
  * The caller drives: disk_search_begin, then as long as disk_search_done is false take the wanted
  * reads (disk_search_wanted), read them, and hand each completed one back (disk_search_arrived).
@@ -15,18 +17,12 @@
 #include <stdint.h>
 
 #include "index/disk_index.h"
+#include "index/walk_rule.h"
 #include "storage/reader.h"
 
 #define DISK_SEARCH_BEAM_MAX 64u
+#define DISK_SEARCH_CELLS_MAX 4096u
 #define SEARCH_LIST_MAX 16384u
-
-struct search_params {
-    uint32_t k;            /* 1..search_list */
-    uint32_t search_list;  /* candidates kept; raised to k */
-    uint32_t beam_width;   /* 0: the scratch's */
-    uint64_t deadline_us;  /* CLOCK_MONOTONIC; 0: none */
-    const bool *cancelled; /* read atomically at every step; may be NULL */
-};
 
 struct search_hit {
     uint32_t position; /* row position in the segment */
@@ -34,15 +30,57 @@ struct search_hit {
     int64_t key;       /* int64 key from the page; the row position for varchar keys */
 };
 
+/* The state of a walk each time it could stop; for calibration. */
+struct search_moment {
+    uint32_t reads; /* pages worked off so far, resident ones not counted */
+    uint32_t quiet; /* of those, the last ones in a row that brought no new hit */
+    float gain;     /* expected hits among the unread candidates; INFINITY below k hits */
+    uint32_t hit_count;
+    const struct search_hit *hits; /* ascending by (distance, key) */
+};
+
+struct search_params {
+    uint32_t k;
+    struct walk_rule rule;  /* search_list is raised to k */
+    uint32_t beam_width;    /* reads in flight; 0: the scratch's */
+    uint32_t reads_max;     /* stop after so many pages read; 0: no limit */
+    bool exact_scores;      /* score the hits again from the originals, in one burst of reads */
+    bool explain;           /* measure the time of each phase */
+    uint64_t deadline_us;   /* CLOCK_MONOTONIC; 0: none */
+    const bool *cancelled;  /* read atomically at every step; may be NULL */
+    const uint32_t *hidden; /* a position that is treated as not there; may be NULL */
+    void (*observe)(void *context, const struct search_moment *moment); /* may be NULL */
+    void *observe_context;
+};
+
+enum search_stop {
+    STOP_NONE = 0,
+    STOP_GAIN, /* the rule: few better rows were to be expected */
+    STOP_LIST, /* no unread candidate was left in the list */
+    STOP_READS /* reads_max */
+};
+
+const char *search_stop_name(enum search_stop stop);
+
 struct search_stats {
     uint32_t rounds;        /* dependent read steps */
-    uint32_t reads;         /* in 4 KiB units */
+    uint32_t reads;         /* in 4 KiB units, those of exact_scores included */
     uint32_t resident_hits; /* pages taken from memory */
     uint32_t expanded;      /* nodes whose edges were followed */
-    uint32_t estimates;     /* distances estimated on codes */
+    uint32_t cells;         /* cells scanned */
+    uint32_t scanned;       /* codes estimated in cells */
+    uint32_t estimates;     /* codes estimated as neighbours */
     uint32_t exact;         /* stored vectors scored */
     uint64_t read_bytes;
+    float gain; /* expected hits left when it stopped */
+    enum search_stop stop;
     float latency_us; /* from submission to the answer; the engine's */
+    /* With explain: time on the CPU by phase; the rest of the latency is waiting. */
+    float prepare_us; /* tables, rotation */
+    float seed_us;    /* ranking and scanning cells */
+    float score_us;   /* checking pages, scoring their vectors */
+    float expand_us;  /* edges, estimates, the list */
+    float exact_us;   /* exact_scores */
 };
 
 /* The score the wire contract reports for a distance: L2 as is, IP and COSINE turned back. */
@@ -52,20 +90,27 @@ struct disk_search;
 
 struct disk_search_limits {
     uint32_t search_list_max;
+    uint32_t cells_max;
     uint32_t k_max;
     uint32_t beam_width; /* pages in flight at most */
     uint32_t dim_max;
-    uint32_t page_bytes_max;
-    uint64_t table_floats_max;
-    uint64_t scratch_floats_max;
+    uint32_t buffer_bytes_max;       /* of a page, or of the blocks one original spans */
+    uint64_t table_entries_max;      /* quantiser_table_entries */
+    uint64_t scratch_floats_max;     /* quantiser_scratch_floats */
+    uint64_t cell_scratch_bytes_max; /* cells_scratch_bytes for cells_max */
 };
+
+/* Raises what the index needs in limits that start as zero; the lists, k, cells and beam are the
+ * caller's to set first. */
+void disk_search_limits_raise(struct disk_search_limits *limits, const struct disk_index *index);
 
 int disk_search_new(const struct disk_search_limits *limits, struct disk_search **out,
                     struct error *err);
 void disk_search_free(struct disk_search *search);
 uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits);
 
-/* Starts a query (dim floats, copied). ERR_INVALID when it exceeds the limits. */
+/* Starts a query (dim floats, copied). ERR_INVALID when it exceeds the limits; ERR_UNSUPPORTED when
+ * exact_scores is asked of a field whose originals were dropped. */
 int disk_search_begin(struct disk_search *search, const struct disk_index *index,
                       const float *query, const struct search_params *params, struct error *err);
 /* Reads to submit now; the structs and their buffers belong to the search. 0 while all are in

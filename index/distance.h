@@ -1,8 +1,7 @@
 /* distance: the inner loops over vectors, one table of functions per instruction set.
  *
- * dim counts elements, 1..DISTANCE_DIM_MAX (0 is allowed and gives 0). Vectors and codes need no
- * alignment (look-up tables, rows and out are aligned as their type), and no kernel reads a byte
- * past its operands. Halves are IEEE binary16 as uint16_t.
+ * dim counts elements, 1..DISTANCE_DIM_MAX (0 is allowed and gives 0). Vectors need no alignment,
+ * and no kernel reads a byte past its operands. Halves are IEEE binary16 as uint16_t.
  *
  * l2_* is the squared distance, ip_* the inner product, cosine_* the similarity
  * ip(a,b) / sqrt(norm2(a) * norm2(b)), which is 0 when a norm is zero (or so small that its square
@@ -11,7 +10,6 @@
  * The scalar table says what is right:
  * - l2, ip, norm2 and cosine of i8 and u8 are exact integers (cosine: one division of exact
  *   integers in double, rounded to float once): every table gives the same bits.
- * - adc_rows and adc4_rows add in one order (below): every table gives the same bits.
  * - conversions are exact or rounded to nearest even: every table gives the same bits.
  * - float sums: term i is added, in float, to partial sum i mod 16; then partial j takes up partial
  *   j + 8 for j < 8, j + 4 for j < 4, j + 2 for j < 2, and 1. The other tables use more partial
@@ -65,20 +63,6 @@ struct distance_kernels {
     /* To nearest even, denormals included; 65520 and above become infinity; a NaN comes out quiet
      * with the upper bits of its payload. */
     void (*f16_from_f32)(const float *in, uint16_t *out, uint64_t count);
-
-    /* Estimated distances from a query's lookup table: for each i < count
-     *   out[i] = sum over c < chunk_count of table[c * 256 + codes[rows[i] * code_stride + c]].
-     * table: chunk_count x 256 floats. code_stride in bytes, at least chunk_count. rows may repeat.
-     * Only the first chunk_count bytes of the rows asked for are read.
-     * Order: from zero, term c is added to partial sum c mod 4; then (s0 + s1) + (s2 + s3). */
-    void (*adc_rows)(const float *table, uint32_t chunk_count, const uint8_t *codes,
-                     uint64_t code_stride, const uint32_t *rows, uint32_t count, float *out);
-    /* The same for 4-bit codes, two dimensions a byte, low nibble first, (dim + 1) / 2 bytes a row
-     * (of an odd dim's last byte the high nibble is ignored):
-     *   out[i] = sum over d < dim of table[d * 16 + nibble d of row rows[i]].
-     * table: dim x 16 floats. The order is that of adc_rows, with d for c. */
-    void (*adc4_rows)(const float *table, uint32_t dim, const uint8_t *codes, uint64_t code_stride,
-                      const uint32_t *rows, uint32_t count, float *out);
 };
 
 /* The table for one instruction set; NULL when this CPU, operating system or build lacks it.
@@ -96,9 +80,5 @@ extern const struct distance_kernels distance_scalar_kernels;
 extern const struct distance_kernels distance_avx2_kernels;
 extern const struct distance_kernels distance_avx512_kernels;
 extern const struct distance_kernels distance_avx512vnni_kernels;
-/* adc_rows of the scalar table, for the tables that have no better one. */
-void distance_scalar_adc_rows(const float *table, uint32_t chunk_count, const uint8_t *codes,
-                              uint64_t code_stride, const uint32_t *rows, uint32_t count,
-                              float *out);
 
 #endif

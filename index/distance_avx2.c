@@ -6,9 +6,7 @@
  * never past its end; the lanes beyond it are zero in both operands and add nothing.
  * Integer kernels work on 32 bytes; the last block starts before the end, overlapping the one
  * before, with the bytes already counted masked to zero. vpmaddwd takes 16-bit pairs into 32 bits,
- * exact up to DISTANCE_DIM_MAX.
- * Look-ups of 8-bit codes are plain loads and additions, shared with the scalar table: gathers were
- * slower. Look-ups of 4-bit codes are permutations of two registers, for eight rows at once. */
+ * exact up to DISTANCE_DIM_MAX. */
 #include "index/distance.h"
 
 #include <immintrin.h>
@@ -454,114 +452,6 @@ static void f16_from_f32(const float *in, uint16_t *out, uint64_t count)
     }
 }
 
-#define ADC4_ROWS 8u
-#define LINE_BYTES 64u
-
-INLINE void prefetch_row(const uint8_t *row, uint32_t row_bytes)
-{
-    for (uint32_t at = 0; at < row_bytes; at += LINE_BYTES)
-        _mm_prefetch((const char *)row + at, _MM_HINT_T0);
-    _mm_prefetch((const char *)row + row_bytes - 1, _MM_HINT_T0);
-}
-
-/* 16 bytes at `at` of eight rows become four registers: words[w] lane r = word w of row r. With
- * rows r and r + 4 in the two halves of one register, unpacking within halves ends in row order. */
-INLINE void load_words(const uint8_t *const row[ADC4_ROWS], uint32_t at, uint32_t piece_bytes,
-                       __m256i words[4])
-{
-    __m128i piece[ADC4_ROWS];
-    __m256i pair[4], t[4];
-
-    for (uint32_t r = 0; r < ADC4_ROWS; r++) {
-        if (piece_bytes == 16) {
-            piece[r] = _mm_loadu_si128((const __m128i *)(const void *)(row[r] + at));
-        } else {
-            piece[r] = _mm_setzero_si128();
-            memcpy(&piece[r], row[r] + at, piece_bytes);
-        }
-    }
-    for (uint32_t r = 0; r < 4; r++)
-        pair[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(piece[r]), piece[r + 4], 1);
-    t[0] = _mm256_unpacklo_epi32(pair[0], pair[1]);
-    t[1] = _mm256_unpackhi_epi32(pair[0], pair[1]);
-    t[2] = _mm256_unpacklo_epi32(pair[2], pair[3]);
-    t[3] = _mm256_unpackhi_epi32(pair[2], pair[3]);
-    words[0] = _mm256_unpacklo_epi64(t[0], t[2]);
-    words[1] = _mm256_unpackhi_epi64(t[0], t[2]);
-    words[2] = _mm256_unpacklo_epi64(t[1], t[3]);
-    words[3] = _mm256_unpackhi_epi64(t[1], t[3]);
-}
-
-/* The 16 floats at `table` by nibble `shift / 4` of each lane. vpermps sees the low three bits of
- * an index; the nibble's fourth bit, moved to the sign, chooses between the two halves. */
-INLINE __m256 lookup8(const float *table, __m256i word, int shift)
-{
-    __m256i index = _mm256_srli_epi32(word, shift);
-    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
-    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
-
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(word, 28 - shift)));
-}
-
-static void adc4_rows(const float *table, uint32_t dim, const uint8_t *codes, uint64_t code_stride,
-                      const uint32_t *rows, uint32_t count, float *out)
-{
-    uint32_t row_bytes = dim / 2 + dim % 2;
-    uint32_t group;
-
-    for (uint32_t i = 0; i < count; i += group) {
-        __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-        const uint8_t *row[ADC4_ROWS];
-        float sums[ADC4_ROWS];
-
-        group = count - i < ADC4_ROWS ? count - i : ADC4_ROWS;
-        for (uint32_t r = 0; r < ADC4_ROWS; r++) { /* a short group repeats its first row */
-            row[r] = codes + rows[r < group ? i + r : i] * code_stride;
-            if (dim > 0 && count - i > ADC4_ROWS + r)
-                prefetch_row(codes + rows[i + ADC4_ROWS + r] * code_stride, row_bytes);
-        }
-        for (uint32_t at = 0; at < row_bytes; at += 16) {
-            const float *part = table + (size_t)at * 32;
-            uint32_t dims = dim - 2 * at;
-            __m256i words[4];
-
-            load_words(row, at, row_bytes - at < 16 ? row_bytes - at : 16, words);
-            for (uint32_t w = 0; w < 4 && dims > 0; w++, part += 8 * 16) {
-                __m256i word = words[w];
-
-                if (dims >= 8) {
-                    s0 = _mm256_add_ps(s0, lookup8(part, word, 0));
-                    s1 = _mm256_add_ps(s1, lookup8(part + 16, word, 4));
-                    s2 = _mm256_add_ps(s2, lookup8(part + 32, word, 8));
-                    s3 = _mm256_add_ps(s3, lookup8(part + 48, word, 12));
-                    s0 = _mm256_add_ps(s0, lookup8(part + 64, word, 16));
-                    s1 = _mm256_add_ps(s1, lookup8(part + 80, word, 20));
-                    s2 = _mm256_add_ps(s2, lookup8(part + 96, word, 24));
-                    s3 = _mm256_add_ps(s3, lookup8(part + 112, word, 28));
-                    dims -= 8;
-                    continue;
-                }
-                s0 = _mm256_add_ps(s0, lookup8(part, word, 0));
-                if (dims > 1)
-                    s1 = _mm256_add_ps(s1, lookup8(part + 16, word, 4));
-                if (dims > 2)
-                    s2 = _mm256_add_ps(s2, lookup8(part + 32, word, 8));
-                if (dims > 3)
-                    s3 = _mm256_add_ps(s3, lookup8(part + 48, word, 12));
-                if (dims > 4)
-                    s0 = _mm256_add_ps(s0, lookup8(part + 64, word, 16));
-                if (dims > 5)
-                    s1 = _mm256_add_ps(s1, lookup8(part + 80, word, 20));
-                if (dims > 6)
-                    s2 = _mm256_add_ps(s2, lookup8(part + 96, word, 24));
-                dims = 0;
-            }
-        }
-        _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3)));
-        memcpy(out + i, sums, group * sizeof(float));
-    }
-}
-
 const struct distance_kernels distance_avx2_kernels = {
     .name = "avx2",
     .l2_f32 = l2_f32,
@@ -588,6 +478,4 @@ const struct distance_kernels distance_avx2_kernels = {
     .ip_f32_i8 = ip_f32_i8,
     .f32_from_f16 = f32_from_f16,
     .f16_from_f32 = f16_from_f32,
-    .adc_rows = distance_scalar_adc_rows,
-    .adc4_rows = adc4_rows,
 };

@@ -5,9 +5,7 @@
  * and its type is a constant at each call, so inlining leaves one loop per kernel. Four
  * accumulators hide the latency of fused multiply-add. A tail is a masked load: bytes outside the
  * mask are never touched and read as zero, which adds nothing in any of the formulas. Integers are
- * widened to 16 bits; vpmaddwd takes pairs into 32 bits, exact up to DISTANCE_DIM_MAX. Look-ups of
- * 8-bit codes are the scalar table's loads and additions: gathers were slower. Look-ups of 4-bit
- * codes are one permutation of the dimension's 16 floats, for sixteen rows at once. */
+ * widened to 16 bits; vpmaddwd takes pairs into 32 bits, exact up to DISTANCE_DIM_MAX. */
 #include "index/distance.h"
 
 #include <immintrin.h>
@@ -370,105 +368,6 @@ static void f16_from_f32(const float *in, uint16_t *out, uint64_t count)
     }
 }
 
-#define ADC4_ROWS 16u
-#define LINE_BYTES 64u
-
-INLINE void prefetch_row(const uint8_t *row, uint32_t row_bytes)
-{
-    for (uint32_t at = 0; at < row_bytes; at += LINE_BYTES)
-        _mm_prefetch((const char *)row + at, _MM_HINT_T0);
-    _mm_prefetch((const char *)row + row_bytes - 1, _MM_HINT_T0);
-}
-
-/* 16 bytes at `at` of sixteen rows become four registers: words[w] lane r = word w of row r. With
- * rows r, r + 4, r + 8 and r + 12 in the quarters of one register, unpacking within quarters ends
- * in row order. */
-INLINE void load_words(const uint8_t *const row[ADC4_ROWS], uint32_t at, uint32_t piece_bytes,
-                       __m512i words[4])
-{
-    __mmask16 mask = (__mmask16)((1u << piece_bytes) - 1);
-    __m512i quad[4], t[4];
-
-    for (uint32_t r = 0; r < 4; r++) {
-        quad[r] = _mm512_castsi128_si512(_mm_maskz_loadu_epi8(mask, row[r] + at));
-        quad[r] = _mm512_inserti32x4(quad[r], _mm_maskz_loadu_epi8(mask, row[r + 4] + at), 1);
-        quad[r] = _mm512_inserti32x4(quad[r], _mm_maskz_loadu_epi8(mask, row[r + 8] + at), 2);
-        quad[r] = _mm512_inserti32x4(quad[r], _mm_maskz_loadu_epi8(mask, row[r + 12] + at), 3);
-    }
-    t[0] = _mm512_unpacklo_epi32(quad[0], quad[1]);
-    t[1] = _mm512_unpackhi_epi32(quad[0], quad[1]);
-    t[2] = _mm512_unpacklo_epi32(quad[2], quad[3]);
-    t[3] = _mm512_unpackhi_epi32(quad[2], quad[3]);
-    words[0] = _mm512_unpacklo_epi64(t[0], t[2]);
-    words[1] = _mm512_unpackhi_epi64(t[0], t[2]);
-    words[2] = _mm512_unpacklo_epi64(t[1], t[3]);
-    words[3] = _mm512_unpackhi_epi64(t[1], t[3]);
-}
-
-/* The 16 floats at `table` by nibble `shift / 4` of each lane: vpermps sees the low four bits. */
-INLINE __m512 lookup16(const float *table, __m512i word, int shift)
-{
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(word, (unsigned)shift), _mm512_loadu_ps(table));
-}
-
-static void adc4_rows(const float *table, uint32_t dim, const uint8_t *codes, uint64_t code_stride,
-                      const uint32_t *rows, uint32_t count, float *out)
-{
-    uint32_t row_bytes = dim / 2 + dim % 2;
-    uint32_t group;
-
-    for (uint32_t i = 0; i < count; i += group) {
-        __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-        const uint8_t *row[ADC4_ROWS];
-
-        group = count - i < ADC4_ROWS ? count - i : ADC4_ROWS;
-        for (uint32_t r = 0; r < ADC4_ROWS; r++) { /* a short group repeats its first row */
-            row[r] = codes + rows[r < group ? i + r : i] * code_stride;
-            if (dim > 0 && count - i > ADC4_ROWS + r)
-                prefetch_row(codes + rows[i + ADC4_ROWS + r] * code_stride, row_bytes);
-        }
-        for (uint32_t at = 0; at < row_bytes; at += 16) {
-            const float *part = table + (size_t)at * 32;
-            uint32_t dims = dim - 2 * at;
-            __m512i words[4];
-
-            load_words(row, at, row_bytes - at < 16 ? row_bytes - at : 16, words);
-            for (uint32_t w = 0; w < 4 && dims > 0; w++, part += 8 * 16) {
-                __m512i word = words[w];
-
-                if (dims >= 8) {
-                    s0 = _mm512_add_ps(s0, lookup16(part, word, 0));
-                    s1 = _mm512_add_ps(s1, lookup16(part + 16, word, 4));
-                    s2 = _mm512_add_ps(s2, lookup16(part + 32, word, 8));
-                    s3 = _mm512_add_ps(s3, lookup16(part + 48, word, 12));
-                    s0 = _mm512_add_ps(s0, lookup16(part + 64, word, 16));
-                    s1 = _mm512_add_ps(s1, lookup16(part + 80, word, 20));
-                    s2 = _mm512_add_ps(s2, lookup16(part + 96, word, 24));
-                    s3 = _mm512_add_ps(s3, lookup16(part + 112, word, 28));
-                    dims -= 8;
-                    continue;
-                }
-                s0 = _mm512_add_ps(s0, lookup16(part, word, 0));
-                if (dims > 1)
-                    s1 = _mm512_add_ps(s1, lookup16(part + 16, word, 4));
-                if (dims > 2)
-                    s2 = _mm512_add_ps(s2, lookup16(part + 32, word, 8));
-                if (dims > 3)
-                    s3 = _mm512_add_ps(s3, lookup16(part + 48, word, 12));
-                if (dims > 4)
-                    s0 = _mm512_add_ps(s0, lookup16(part + 64, word, 16));
-                if (dims > 5)
-                    s1 = _mm512_add_ps(s1, lookup16(part + 80, word, 20));
-                if (dims > 6)
-                    s2 = _mm512_add_ps(s2, lookup16(part + 96, word, 24));
-                dims = 0;
-            }
-        }
-        _mm512_mask_storeu_ps(out + i, (__mmask16)((1u << group) - 1),
-                              _mm512_add_ps(_mm512_add_ps(s0, s1), _mm512_add_ps(s2, s3)));
-    }
-}
-
 const struct distance_kernels distance_avx512_kernels = {
     .name = "avx512",
     .l2_f32 = l2_f32,
@@ -495,6 +394,4 @@ const struct distance_kernels distance_avx512_kernels = {
     .ip_f32_i8 = ip_f32_i8,
     .f32_from_f16 = f32_from_f16,
     .f16_from_f32 = f16_from_f32,
-    .adc_rows = distance_scalar_adc_rows,
-    .adc4_rows = adc4_rows,
 };

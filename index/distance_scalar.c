@@ -11,9 +11,6 @@
 #include "index/element.h"
 
 #define LANES 16u
-#define ROWS 4u           /* codes estimated side by side: their additions overlap */
-#define PREFETCH_ROWS 12u /* a row from memory takes about as long as this many estimates */
-#define LINE_BYTES 64u
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -320,114 +317,6 @@ static void f16_from_f32(const float *in, uint16_t *out, uint64_t count)
     }
 }
 
-INLINE void prefetch_row(const uint8_t *row, uint64_t row_bytes)
-{
-    for (uint64_t at = 0; at < row_bytes; at += LINE_BYTES)
-        __builtin_prefetch(row + at);
-    __builtin_prefetch(row + row_bytes - 1); /* an unaligned row may end one line later */
-}
-
-INLINE float adc_one(const float *table, uint32_t chunk_count, const uint8_t *row)
-{
-    float s[4] = {0};
-    uint32_t c = 0;
-
-    for (; chunk_count - c >= 4; c += 4) {
-        for (uint32_t j = 0; j < 4; j++)
-            s[j] += table[(size_t)(c + j) * 256 + row[c + j]];
-    }
-    for (uint32_t j = 0; c + j < chunk_count; j++)
-        s[j] += table[(size_t)(c + j) * 256 + row[c + j]];
-    return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
-/* Rows side by side walk the table together, so each stretch of it is fetched once for all. The
- * loops over rows are unrolled to keep the sums in registers, without which it is half as fast. */
-INLINE void adc_group(const float *table, uint32_t chunk_count, const uint8_t *const *row,
-                      float *out)
-{
-    float s[ROWS][4] = {{0}};
-    uint32_t c = 0;
-
-    for (; chunk_count - c >= 4; c += 4) {
-        const float *part = table + (size_t)c * 256;
-
-#pragma GCC unroll 4
-        for (uint32_t r = 0; r < ROWS; r++) {
-            uint32_t code;
-
-            memcpy(&code, row[r] + c, sizeof(code));
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-            code = __builtin_bswap32(code);
-#endif
-            s[r][0] += part[code & 0xff];
-            s[r][1] += part[256 + ((code >> 8) & 0xff)];
-            s[r][2] += part[512 + ((code >> 16) & 0xff)];
-            s[r][3] += part[768 + (code >> 24)];
-        }
-    }
-    for (uint32_t j = 0; c + j < chunk_count; j++) {
-#pragma GCC unroll 4
-        for (uint32_t r = 0; r < ROWS; r++)
-            s[r][j] += table[(size_t)(c + j) * 256 + row[r][c + j]];
-    }
-#pragma GCC unroll 4
-    for (uint32_t r = 0; r < ROWS; r++)
-        out[r] = (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
-}
-
-/* Not static: gathers measured slower than these loads, so the other tables take it. */
-void distance_scalar_adc_rows(const float *table, uint32_t chunk_count, const uint8_t *codes,
-                              uint64_t code_stride, const uint32_t *rows, uint32_t count,
-                              float *out)
-{
-    uint32_t i = 0;
-
-    for (uint32_t p = 0; chunk_count > 0 && p < PREFETCH_ROWS && p < count; p++)
-        prefetch_row(codes + rows[p] * code_stride, chunk_count);
-    for (; count - i >= ROWS; i += ROWS) {
-        const uint8_t *row[ROWS];
-
-        for (uint32_t r = 0; r < ROWS; r++) {
-            if (chunk_count > 0 && count - i > PREFETCH_ROWS + r)
-                prefetch_row(codes + rows[i + PREFETCH_ROWS + r] * code_stride, chunk_count);
-            row[r] = codes + rows[i + r] * code_stride;
-        }
-        adc_group(table, chunk_count, row, out + i);
-    }
-    for (; i < count; i++)
-        out[i] = adc_one(table, chunk_count, codes + rows[i] * code_stride);
-}
-
-static void adc4_rows(const float *table, uint32_t dim, const uint8_t *codes, uint64_t code_stride,
-                      const uint32_t *rows, uint32_t count, float *out)
-{
-    uint32_t row_bytes = dim / 2 + dim % 2;
-
-    for (uint32_t i = 0; i < count; i++) {
-        const uint8_t *row = codes + rows[i] * code_stride;
-        float s[4] = {0};
-        uint32_t d = 0;
-
-        if (dim > 0 && count - i > PREFETCH_ROWS)
-            prefetch_row(codes + rows[i + PREFETCH_ROWS] * code_stride, row_bytes);
-        for (; dim - d >= 4; d += 4) {
-            const float *part = table + (size_t)d * 16;
-            uint32_t low = row[d / 2], high = row[d / 2 + 1];
-
-            s[0] += part[low & 15];
-            s[1] += part[16 + (low >> 4)];
-            s[2] += part[32 + (high & 15)];
-            s[3] += part[48 + (high >> 4)];
-        }
-        for (uint32_t j = 0; d + j < dim; j++) {
-            uint32_t nibble = (uint32_t)row[(d + j) / 2] >> (4 * (j % 2)) & 15;
-            s[j] += table[(size_t)(d + j) * 16 + nibble];
-        }
-        out[i] = (s[0] + s[1]) + (s[2] + s[3]);
-    }
-}
-
 const struct distance_kernels distance_scalar_kernels = {
     .name = "scalar",
     .l2_f32 = l2_f32,
@@ -454,6 +343,4 @@ const struct distance_kernels distance_scalar_kernels = {
     .ip_f32_i8 = ip_f32_i8,
     .f32_from_f16 = f32_from_f16,
     .f16_from_f32 = f16_from_f32,
-    .adc_rows = distance_scalar_adc_rows,
-    .adc4_rows = adc4_rows,
 };

@@ -1,9 +1,13 @@
 /* The covariance is computed in tiles, one GEMM over all centred rows each, so that a tile's bytes
  * depend on nothing else; its eigenvectors in double. Axes are dealt by falling variance: each goes
- * to the chunk with room whose product of variances is least. The rotation is stored with a row an
- * input dimension: encoding multiplies by it as it stands, and a query's rotation adds up rows,
- * which are dense, instead of many short dot products. Lengths and angles do not change, so pq's
- * tables on the rotated query estimate distances of the original space. */
+ * to the chunk with room whose product of variances is least. The rotation has a row an input
+ * dimension: encoding multiplies by it as it stands, and a query's rotation adds up rows, which are
+ * dense, instead of many short dot products. Lengths and angles do not change, so pq's tables on
+ * the rotated query estimate distances of the original space.
+ *
+ * A query streams the whole matrix, so it is kept as half floats: of 512 dimensions it then fits
+ * the second cache. What that rounding changes of a length is some 10^-5 of it, and the same for
+ * query and code, since training and encoding widen the rounded matrix. */
 #include "index/opq.h"
 
 #include <assert.h>
@@ -19,15 +23,16 @@
 #include "storage/base/bytes.h"
 
 #define COVARIANCE_TILE 128u
-#define ROTATE_ROWS 128u
+#define ROTATE_ROWS 512u
+#define PANEL_ROWS 128u /* of the matrix, widened at a time */
 
 static_assert(OPQ_DIM_MAX == 4096, "opq_refuses spells the number");
 
 struct opq {
     uint32_t dim;
-    uint32_t stride; /* dim rounded up to CODE_LANES */
-    float *rotation; /* dim x stride: row d is what input dimension d adds to the outputs */
-    void *pq;        /* of pq_methods, on rotated vectors */
+    uint32_t stride;    /* dim rounded up to CODE_LANES */
+    uint16_t *rotation; /* dim x stride halves: row d is what input d adds to the outputs */
+    void *pq;           /* of pq_methods, on rotated vectors */
 };
 
 static void opq_free(void *code)
@@ -59,16 +64,39 @@ fail:
     return NULL;
 }
 
-static const char *opq_refuses(uint32_t dim, uint32_t code_bytes)
+static const char *opq_refuses(uint32_t dim, uint32_t chunk_count)
 {
     if (dim > OPQ_DIM_MAX)
         return "has more dimensions than opq rotates (4096)";
-    return pq_methods.refuses(dim, code_bytes);
+    return pq_methods.refuses(dim, chunk_count);
 }
 
-static uint64_t opq_train_units(uint32_t dim, uint32_t code_bytes)
+static uint64_t opq_train_units(uint32_t dim, uint32_t chunk_count)
 {
-    return pq_methods.train_units(dim, code_bytes);
+    return pq_methods.train_units(dim, chunk_count);
+}
+
+static size_t panel_floats(const struct opq *opq)
+{
+    uint32_t rows = opq->dim < PANEL_ROWS ? opq->dim : PANEL_ROWS;
+
+    return (size_t)rows * opq->stride;
+}
+
+/* out = vectors times the rotation, both count x dim; panel: panel_floats. */
+static void rotate(const struct opq *opq, const float *vectors, uint64_t count, float *panel,
+                   float *out)
+{
+    uint32_t dim = opq->dim;
+
+    for (uint32_t d = 0; d < dim; d += PANEL_ROWS) {
+        uint32_t rows = dim - d < PANEL_ROWS ? dim - d : PANEL_ROWS;
+
+        distance_kernels_best()->f32_from_f16(opq->rotation + (size_t)d * opq->stride, panel,
+                                              (uint64_t)rows * opq->stride);
+        gemm_f32(false, false, count, dim, rows, 1.0f, vectors + d, dim, panel, opq->stride,
+                 d ? 1.0f : 0.0f, out, dim);
+    }
 }
 
 /* Rows as the loops of one training see them. */
@@ -79,6 +107,7 @@ struct rotate_work {
     const double *mean; /* dim */
     float *rows;        /* count x dim: first centred, then rotated */
     float *covariance;  /* dim x dim, upper tiles filled */
+    float *panels;      /* workers x panel_floats */
 };
 
 static void centre_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
@@ -116,12 +145,10 @@ static void covariance_range(void *context, uint64_t begin, uint64_t end, uint32
 static void rotate_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
     struct rotate_work *work = context;
-    const struct opq *opq = work->opq;
-    uint32_t dim = opq->dim;
+    uint32_t dim = work->opq->dim;
 
-    (void)worker;
-    gemm_f32(false, false, end - begin, dim, dim, 1.0f, work->sample + begin * dim, dim,
-             opq->rotation, opq->stride, 0.0f, work->rows + begin * dim, dim);
+    rotate(work->opq, work->sample + begin * dim, end - begin,
+           work->panels + worker * panel_floats(work->opq), work->rows + begin * dim);
 }
 
 /* Deals axes to the rotated dimensions: place[e] is where the axis of values[e] (ascending) goes.
@@ -167,9 +194,10 @@ static int learn_rotation(struct opq *opq, uint32_t chunk_count, const float *co
     double *axes = malloc((size_t)dim * dim * sizeof *axes);
     double *values = malloc(dim * sizeof *values);
     uint32_t *place = malloc(dim * sizeof *place);
+    float *rotation = calloc((size_t)dim * opq->stride, sizeof *rotation);
     int rc = -1;
 
-    if (!axes || !values || !place) {
+    if (!axes || !values || !place || !rotation) {
         error_set(err, ERR_NOMEM, "no memory for the axes of %u dimensions", dim);
         goto done;
     }
@@ -182,13 +210,15 @@ static int learn_rotation(struct opq *opq, uint32_t chunk_count, const float *co
         goto done;
     for (uint32_t e = 0; e < dim; e++) {
         for (uint32_t d = 0; d < dim; d++)
-            opq->rotation[(size_t)d * opq->stride + place[e]] = (float)axes[(size_t)e * dim + d];
+            rotation[(size_t)d * opq->stride + place[e]] = (float)axes[(size_t)e * dim + d];
     }
+    distance_kernels_best()->f16_from_f32(rotation, opq->rotation, (uint64_t)dim * opq->stride);
     rc = 0;
 done:
     free(axes);
     free(values);
     free(place);
+    free(rotation);
     return rc;
 }
 
@@ -201,13 +231,15 @@ static int opq_train(const struct code_training *training, struct pool *pool, st
     double *mean = calloc(dim, sizeof *mean);
     float *rows = malloc((size_t)training->count * dim * sizeof *rows);
     float *covariance = malloc((size_t)dim * dim * sizeof *covariance);
-    struct rotate_work work = {opq, training->sample, training->count, mean, rows, covariance};
+    struct rotate_work work = {opq, training->sample, training->count, mean, rows, covariance,
+                               NULL};
     struct code_training rotated = *training;
     int rc = -1;
 
     if (!opq)
         goto done;
-    if (!mean || !rows || !covariance) {
+    work.panels = malloc(pool_workers(pool) * panel_floats(opq) * sizeof *work.panels);
+    if (!mean || !rows || !covariance || !work.panels) {
         error_set(err, ERR_NOMEM, "no memory to rotate %u vectors of %u dimensions",
                   training->count, dim);
         goto done;
@@ -221,7 +253,7 @@ static int opq_train(const struct code_training *training, struct pool *pool, st
     pool_for(pool, training->count, 1024, centre_range, &work);
     pool_for(pool, (uint64_t)tiles * tiles, 1, covariance_range, &work);
     if (job_advance(job, 0, err) < 0 ||
-        learn_rotation(opq, training->code_bytes, covariance, err) < 0)
+        learn_rotation(opq, training->chunk_count, covariance, err) < 0)
         goto done;
     pool_for(pool, training->count, ROTATE_ROWS, rotate_range, &work);
     rotated.sample = rows;
@@ -234,6 +266,7 @@ done:
     free(mean);
     free(rows);
     free(covariance);
+    free(work.panels);
     opq_free(opq);
     return rc;
 }
@@ -250,18 +283,18 @@ static size_t opq_encode_scratch_floats(const void *code)
 {
     const struct opq *opq = code;
 
-    return (size_t)CODE_BLOCK * opq->dim + pq_methods.encode_scratch_floats(opq->pq);
+    return (size_t)CODE_BLOCK * opq->dim + panel_floats(opq) +
+           pq_methods.encode_scratch_floats(opq->pq);
 }
 
 static void opq_encode_block(const void *code, const float *vectors, uint32_t count, float *scratch,
-                             uint8_t *codes, float *errors)
+                             uint8_t *codes, uint64_t code_stride, float *errors)
 {
     const struct opq *opq = code;
-    uint32_t dim = opq->dim;
+    float *panel = scratch + (size_t)CODE_BLOCK * opq->dim;
 
-    gemm_f32(false, false, count, dim, dim, 1.0f, vectors, dim, opq->rotation, opq->stride, 0.0f,
-             scratch, dim);
-    pq_methods.encode_block(opq->pq, scratch, count, scratch + (size_t)CODE_BLOCK * dim, codes,
+    rotate(opq, vectors, count, panel, scratch);
+    pq_methods.encode_block(opq->pq, scratch, count, panel + panel_floats(opq), codes, code_stride,
                             errors);
 }
 
@@ -272,15 +305,8 @@ static void opq_decode(const void *code, const uint8_t *bytes, float *vector)
 
     pq_methods.decode(opq->pq, bytes, rotated);
     for (uint32_t d = 0; d < opq->dim; d++)
-        vector[d] = distance_kernels_best()->ip_f32(opq->rotation + (size_t)d * opq->stride,
-                                                    rotated, opq->dim);
-}
-
-static size_t opq_table_floats(const void *code)
-{
-    const struct opq *opq = code;
-
-    return pq_methods.table_floats(opq->pq);
+        vector[d] = distance_kernels_best()->ip_f32_f16(
+            rotated, opq->rotation + (size_t)d * opq->stride, opq->dim);
 }
 
 static size_t opq_scratch_floats(const void *code)
@@ -291,57 +317,51 @@ static size_t opq_scratch_floats(const void *code)
 }
 
 static void opq_table(const void *code, enum metric metric, const float *query, float *scratch,
-                      float *table)
+                      float *shares)
 {
     const struct opq *opq = code;
 
-    code_kernels_best()->dot_columns(query, opq->dim, opq->rotation, opq->stride, opq->stride, 0.0f,
-                                     1.0f, scratch);
-    pq_methods.table(opq->pq, metric, scratch, scratch + opq->stride, table);
+    code_kernels_best()->dot_halves(query, opq->dim, opq->rotation, opq->stride, opq->stride, 0.0f,
+                                    1.0f, scratch);
+    pq_methods.table(opq->pq, metric, scratch, scratch + opq->stride, shares);
 }
 
-static void opq_estimate(const void *code, const float *table, const uint8_t *codes,
-                         const uint32_t *rows, uint32_t count, float *out)
+static uint64_t opq_stored_bytes(uint32_t dim, uint32_t chunk_count)
 {
-    const struct opq *opq = code;
-
-    pq_methods.estimate(opq->pq, table, codes, rows, count, out);
-}
-
-static uint64_t opq_stored_floats(uint32_t dim, uint32_t code_bytes)
-{
-    return (uint64_t)dim * dim + pq_methods.stored_floats(dim, code_bytes);
+    return sizeof(uint16_t) * (uint64_t)dim * dim + pq_methods.stored_bytes(dim, chunk_count);
 }
 
 /* The rotation, dim x dim without padding, then pq. */
 static void opq_write(const void *code, uint8_t *bytes)
 {
     const struct opq *opq = code;
+    size_t row_bytes = opq->dim * sizeof(uint16_t);
 
-    for (uint32_t d = 0; d < opq->dim; d++) {
-        for (uint32_t o = 0; o < opq->dim; o++, bytes += sizeof(float))
-            store_f32(bytes, opq->rotation[(size_t)d * opq->stride + o]);
-    }
+    for (uint32_t d = 0; d < opq->dim; d++, bytes += row_bytes)
+        code_write_halves(bytes, opq->rotation + (size_t)d * opq->stride, opq->dim);
     pq_methods.write(opq->pq, bytes);
 }
 
-static int opq_read(const uint8_t *bytes, uint32_t dim, uint32_t code_bytes, void **out,
+static int opq_read(const uint8_t *bytes, uint32_t dim, uint32_t chunk_count, void **out,
                     struct error *err)
 {
     struct opq *opq = opq_new(dim, err);
+    size_t row_bytes = dim * sizeof(uint16_t);
 
     if (!opq)
         return -1;
-    for (uint32_t d = 0; d < dim; d++) {
-        for (uint32_t o = 0; o < dim; o++, bytes += sizeof(float))
-            opq->rotation[(size_t)d * opq->stride + o] = load_f32(bytes);
+    for (uint32_t d = 0; d < dim; d++, bytes += row_bytes) {
+        if (code_read_halves(bytes, dim, "rotation", opq->rotation + (size_t)d * opq->stride, err) <
+            0)
+            goto fail;
     }
-    if (pq_methods.read(bytes, dim, code_bytes, &opq->pq, err) < 0) {
-        opq_free(opq);
-        return -1;
-    }
+    if (pq_methods.read(bytes, dim, chunk_count, &opq->pq, err) < 0)
+        goto fail;
     *out = opq;
     return 0;
+fail:
+    opq_free(opq);
+    return -1;
 }
 
 const struct code_methods opq_methods = {
@@ -355,11 +375,9 @@ const struct code_methods opq_methods = {
     .encode_scratch_floats = opq_encode_scratch_floats,
     .encode_block = opq_encode_block,
     .decode = opq_decode,
-    .table_floats = opq_table_floats,
     .scratch_floats = opq_scratch_floats,
     .table = opq_table,
-    .estimate = opq_estimate,
-    .stored_floats = opq_stored_floats,
+    .stored_bytes = opq_stored_bytes,
     .write = opq_write,
     .read = opq_read,
 };

@@ -8,7 +8,7 @@
 
 #include "index/code_methods.h"
 
-/* Above, a rotation takes over 64 MiB and milliseconds a query. */
+/* Above, a rotation takes over 32 MiB and milliseconds a query. */
 #define OPQ_DIM_MAX 4096u
 /* Above, CODE_AUTO does not consider it: the rotation falls out of the second cache and costs a
  * query more time than the reads it saves. */

@@ -6,7 +6,7 @@
 
 #include "index/code_methods.h"
 
-#define PQ_CENTROIDS 256u
+#define PQ_CENTROIDS CODE_VALUES
 
 extern const struct code_methods pq_methods;
 

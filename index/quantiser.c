@@ -1,8 +1,18 @@
-/* Checks, the loop over the pool and the stored bytes; the codes themselves are tables of methods
- * (code_methods.h). Codes are trained on the first half of the sample and judged on the second, so
- * that the distortion, and CODE_AUTO's choice by it, is that of vectors training has not seen.
+/* Checks, the loop over the pool, the byte of own distortion, the choice among codes and the stored
+ * bytes; the codes themselves are tables of methods (code_methods.h).
  *
- * Stored form, little-endian: a header of 64 bytes, then the code's floats. */
+ * Codes are trained on the first half of the sample and judged on the second, so that what is
+ * measured is how they treat vectors training has not seen. The scale of own distortions comes from
+ * the second half too: from the least error but a thousandth to the greatest but a thousandth, in
+ * 255 steps of one ratio. A stray vector may be clamped; it must not coarsen everybody's scale, nor
+ * the steps of the query's integer table, whose range the scale's is part of.
+ *
+ * The bake-off trains each kind once for each number of bytes: with own distortion a code has one
+ * byte less for the vector, and is no cut-down version of the longer one. All get the same Lloyd
+ * steps: training is seconds, the segment is searched for months. Then held-out rows are ranked by
+ * the very tables and kernels a search uses, and the count of rows to verify decides.
+ *
+ * Stored form, little-endian: a header of 64 bytes, then the code's numbers. */
 #include "index/quantiser.h"
 
 #include <math.h>
@@ -18,23 +28,38 @@
 #include "index/scalar_code.h"
 #include "storage/base/bytes.h"
 
-#define ENCODE_GRAIN (8u * CODE_BLOCK)
+#define ENCODE_GRAIN (2u * CODE_BLOCK)
 #define SCRATCH_FLOATS_MIN 16u /* so that a caller's malloc of the scratch is never of nothing */
+#define SHARE_MAX 1e30f        /* what is left of an infinite share; 32,768 add up in a float */
+#define SCALE_SPAN 1e4f        /* own distortions tell apart: a step is then at most 4 % */
+
+/* The bake-off. */
+#define QUERIES_MAX 500u
+#define BASE_ROWS_MAX 20000u
+#define TRUE_NEIGHBOURS 10u
+/* How many times the rows of the best code a simpler one may need. The first is about the noise of
+ * the sample. A rotation has to earn its matrix and its time, and its advantage on a sample shrinks
+ * with more rows: what is 5 % on 20,000 rows of SIFT is nothing on the million. */
+#define TIE 1.02
+#define TIE_ROTATION 1.10
 
 static const char quantiser_magic[8] = "ANNDQNT1";
-static const uint32_t quantiser_version = 1;
+static const uint32_t quantiser_version = 2;
 
 /* Offsets in the header. */
 enum {
     HEADER_MAGIC = 0,       /* 00-07 */
     HEADER_VERSION = 8,     /* 08-11 */
-    HEADER_CRC = 12,        /* 12-15 CRC-32C of header and floats, this field as zero */
-    HEADER_BYTES_ALL = 16,  /* 16-23 header and floats */
+    HEADER_CRC = 12,        /* 12-15 CRC-32C of header and numbers, this field as zero */
+    HEADER_BYTES_ALL = 16,  /* 16-23 header and numbers */
     HEADER_KIND = 24,       /* 24-27 enum code_kind, never CODE_AUTO */
     HEADER_DIM = 28,        /* 28-31 */
-    HEADER_CODE_BYTES = 32, /* 32-35 */
-    HEADER_DISTORTION = 36, /* 36-39 float */
-    HEADER_RESERVED = 40,   /* 40-63 zero */
+    HEADER_CODE_BYTES = 32, /* 32-35 with the byte of own distortion */
+    HEADER_DISTORTION = 36, /* 36-39 float, mean */
+    HEADER_OWN = 40,        /* 40-43 1: the last byte is the vector's own distortion; 0 */
+    HEADER_OWN_LEAST = 44,  /* 44-47 float, what byte 0 stands for; 0 without own distortion */
+    HEADER_OWN_RATIO = 48,  /* 48-51 float, between neighbouring bytes; 0 likewise */
+    HEADER_RESERVED = 52,   /* 52-63 zero */
     HEADER_SIZE = 64
 };
 
@@ -44,9 +69,12 @@ struct quantiser {
     uint32_t dim;
     uint32_t code_bytes;
     float distortion;
+    bool own;
+    float own_least, own_ratio;
+    float own_values[CODE_VALUES]; /* ascending: what the last byte stands for */
 };
 
-/* Also the order in which CODE_AUTO tries them: of equals the first stays. */
+/* Also the order of simplicity. */
 static const struct code_methods *const all_methods[] = {&pq_methods, &opq_methods,
                                                          &scalar_code_methods};
 #define METHODS_COUNT (sizeof all_methods / sizeof all_methods[0])
@@ -97,6 +125,11 @@ enum code_kind quantiser_kind(const struct quantiser *quantiser)
     return quantiser->methods->kind;
 }
 
+bool quantiser_has_own_distortion(const struct quantiser *quantiser)
+{
+    return quantiser->own;
+}
+
 uint32_t quantiser_dim(const struct quantiser *quantiser)
 {
     return quantiser->dim;
@@ -112,37 +145,130 @@ float quantiser_distortion(const struct quantiser *quantiser)
     return quantiser->distortion;
 }
 
+float quantiser_code_distortion(const struct quantiser *quantiser, const uint8_t *code)
+{
+    return quantiser->own ? quantiser->own_values[code[quantiser->code_bytes - 1]]
+                          : quantiser->distortion;
+}
+
 uint64_t quantiser_memory_bytes(const struct quantiser *quantiser)
 {
     return sizeof *quantiser + quantiser->methods->memory_bytes(quantiser->code);
 }
 
-size_t quantiser_table_floats(const struct quantiser *quantiser)
+/* Bytes of the code proper. */
+static uint32_t chunk_count(const struct quantiser *quantiser)
 {
-    return quantiser->methods->table_floats(quantiser->code);
+    return quantiser->code_bytes - quantiser->own;
 }
 
+size_t quantiser_table_entries(const struct quantiser *quantiser)
+{
+    return (size_t)quantiser->code_bytes * CODE_VALUES;
+}
+
+/* The shares, then what the code needs to make them. */
 size_t quantiser_scratch_floats(const struct quantiser *quantiser)
 {
-    return SCRATCH_FLOATS_MIN + quantiser->methods->scratch_floats(quantiser->code);
+    return quantiser_table_entries(quantiser) + SCRATCH_FLOATS_MIN +
+           quantiser->methods->scratch_floats(quantiser->code);
+}
+
+/* A query, or numbers from a file, may be finite and their squares not. */
+static void clamp_shares(float *shares, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (!(shares[i] < SHARE_MAX))
+            shares[i] = SHARE_MAX; /* NaN as well */
+        else if (shares[i] < -SHARE_MAX)
+            shares[i] = -SHARE_MAX;
+    }
 }
 
 void quantiser_table(const struct quantiser *quantiser, enum metric metric, const float *query,
-                     float *scratch, float *table)
+                     float *scratch, struct code_table *table)
 {
-    quantiser->methods->table(quantiser->code, metric, query, scratch, table);
-}
+    uint32_t chunks = chunk_count(quantiser);
+    float *shares = scratch;
+    float *rest = scratch + quantiser_table_entries(quantiser);
 
-void quantiser_estimate(const struct quantiser *quantiser, const float *table, const uint8_t *codes,
-                        const uint32_t *rows, uint32_t count, float *out)
-{
-    quantiser->methods->estimate(quantiser->code, table, codes, rows, count, out);
+    quantiser->methods->table(quantiser->code, metric, query, rest, shares);
+    if (metric == METRIC_L2 && quantiser->own)
+        memcpy(shares + (size_t)chunks++ * CODE_VALUES, quantiser->own_values,
+               sizeof quantiser->own_values);
+    code_table_fill(table, shares, chunks);
+    if (!isfinite(table->offset) || !isfinite(table->step)) {
+        clamp_shares(shares, (size_t)chunks * CODE_VALUES);
+        code_table_fill(table, shares, chunks);
+    }
+    if (metric == METRIC_L2 && !quantiser->own)
+        table->offset += quantiser->distortion;
 }
 
 void quantiser_decode(const struct quantiser *quantiser, const uint8_t *code, float *vector)
 {
     quantiser->methods->decode(quantiser->code, code, vector);
 }
+
+/* ---- own distortion ---- */
+
+/* False when a value is out of a float's range. */
+static bool own_scale_set(struct quantiser *quantiser, float least, float ratio)
+{
+    double value = (double)least;
+
+    quantiser->own_least = least;
+    quantiser->own_ratio = ratio;
+    for (uint32_t b = 0; b < CODE_VALUES; b++) {
+        quantiser->own_values[b] = (float)value;
+        if (!isfinite(quantiser->own_values[b]))
+            return false;
+        value *= (double)ratio;
+    }
+    return true;
+}
+
+static int compare_floats(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* Sorts the errors, which are finite. */
+static bool own_scale_fit(struct quantiser *quantiser, float *errors, uint32_t count)
+{
+    uint32_t stray = count / 1000;
+    float least, greatest;
+
+    qsort(errors, count, sizeof *errors, compare_floats);
+    least = errors[stray];
+    greatest = errors[count - 1 - stray];
+    if (least < greatest / SCALE_SPAN)
+        least = greatest / SCALE_SPAN;
+    return own_scale_set(
+        quantiser, least,
+        least > 0 ? (float)pow((double)greatest / (double)least, 1.0 / (CODE_VALUES - 1)) : 1.0f);
+}
+
+/* The byte whose value is nearest. */
+static uint8_t own_byte(const struct quantiser *quantiser, float error)
+{
+    const float *values = quantiser->own_values;
+    uint32_t low = 0, high = CODE_VALUES - 1;
+
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+
+        if (error - values[middle] > values[middle + 1] - error)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return (uint8_t)low;
+}
+
+/* ---- encoding ---- */
 
 struct encode_work {
     const struct quantiser *quantiser;
@@ -157,14 +283,19 @@ static void encode_range(void *context, uint64_t begin, uint64_t end, uint32_t w
 {
     struct encode_work *work = context;
     const struct quantiser *quantiser = work->quantiser;
+    uint32_t code_bytes = quantiser->code_bytes;
     float *scratch = work->scratch + worker * work->scratch_floats;
+    float block_errors[CODE_BLOCK];
 
     for (uint64_t i = begin; i < end; i += CODE_BLOCK) {
         uint32_t count = end - i < CODE_BLOCK ? (uint32_t)(end - i) : CODE_BLOCK;
+        uint8_t *codes = work->codes + i * code_bytes;
+        float *errors = work->errors ? work->errors + i : quantiser->own ? block_errors : NULL;
 
         quantiser->methods->encode_block(quantiser->code, work->vectors + i * quantiser->dim, count,
-                                         scratch, work->codes + i * quantiser->code_bytes,
-                                         work->errors ? work->errors + i : NULL);
+                                         scratch, codes, code_bytes, errors);
+        for (uint32_t j = 0; quantiser->own && j < count; j++)
+            codes[(size_t)(j + 1) * code_bytes - 1] = own_byte(quantiser, errors[j]);
     }
 }
 
@@ -195,7 +326,9 @@ int quantiser_encode(const struct quantiser *quantiser, const float *vectors, ui
     return encode_with_errors(quantiser, vectors, count, pool, codes, NULL, err);
 }
 
-/* Sets the mean squared error over count vectors. */
+/* ---- training ---- */
+
+/* Sets the mean squared error over count vectors and the scale of their own. */
 static int measure_distortion(struct quantiser *quantiser, const float *vectors, uint32_t count,
                               struct pool *pool, struct error *err)
 {
@@ -213,7 +346,8 @@ static int measure_distortion(struct quantiser *quantiser, const float *vectors,
     for (uint32_t i = 0; i < count; i++)
         sum += errors[i];
     quantiser->distortion = (float)(sum / count);
-    if (!isfinite(quantiser->distortion)) {
+    if (!isfinite(quantiser->distortion) ||
+        (quantiser->own && !own_scale_fit(quantiser, errors, count))) {
         error_set(err, ERR_INVALID,
                   "the sample's values are too large for squared distances in float, or not "
                   "finite");
@@ -226,23 +360,42 @@ done:
     return rc;
 }
 
-static int train_kind(const struct code_methods *methods, const struct code_training *sample,
-                      struct pool *pool, struct job *job, struct quantiser **out, struct error *err)
+/* The sample as training and judging share it. */
+struct sample {
+    const float *rows; /* count x dim */
+    uint32_t count;
+    uint32_t dim;
+    uint32_t held_out; /* the last rows */
+    uint64_t seed;
+};
+
+static const float *held_out_rows(const struct sample *sample)
 {
-    struct code_training training = *sample;
-    uint32_t half = sample->count / 2;
+    return sample->rows + (size_t)(sample->count - sample->held_out) * sample->dim;
+}
+
+static int train_one(const struct code_trial *trial, const struct sample *sample, struct pool *pool,
+                     struct job *job, struct quantiser **out, struct error *err)
+{
+    uint32_t first_half = sample->count - sample->held_out;
+    struct code_training training = {
+        .sample = sample->rows,
+        /* A sample too small to halve is partly judged on what it was trained on. */
+        .count = first_half < CODE_VALUES ? CODE_VALUES : first_half,
+        .dim = sample->dim,
+        .chunk_count = trial->code_bytes - trial->own_distortion,
+        .seed = sample->seed,
+    };
     struct quantiser *quantiser = calloc(1, sizeof *quantiser);
 
     if (!quantiser)
         return error_set(err, ERR_NOMEM, "no memory for a quantiser");
-    quantiser->methods = methods;
+    quantiser->methods = methods_of(trial->kind);
     quantiser->dim = sample->dim;
-    quantiser->code_bytes = sample->code_bytes;
-    /* A sample too small to halve is partly judged on what it was trained on. */
-    training.count = half < PQ_CENTROIDS ? PQ_CENTROIDS : half;
-    if (methods->train(&training, pool, job, &quantiser->code, err) < 0 ||
-        measure_distortion(quantiser, sample->sample + (size_t)half * sample->dim,
-                           sample->count - half, pool, err) < 0) {
+    quantiser->code_bytes = trial->code_bytes;
+    quantiser->own = trial->own_distortion;
+    if (quantiser->methods->train(&training, pool, job, &quantiser->code, err) < 0 ||
+        measure_distortion(quantiser, held_out_rows(sample), sample->held_out, pool, err) < 0) {
         quantiser_free(quantiser);
         return -1;
     }
@@ -250,83 +403,335 @@ static int train_kind(const struct code_methods *methods, const struct code_trai
     return 0;
 }
 
-/* Whether a kind takes part: the one asked for, or under CODE_AUTO each that can. */
-static bool kind_runs(const struct code_methods *methods, enum code_kind kind, uint32_t dim,
-                      uint32_t code_bytes)
+/* ---- the bake-off ---- */
+
+/* Held-out rows: the first are queries, the next the base they are answered from. */
+struct comparison {
+    const float *queries; /* query_count x dim */
+    const float *base;    /* base_count x dim */
+    uint32_t query_count;
+    uint32_t base_count;
+    uint32_t dim;
+    uint32_t *truth; /* query_count x TRUE_NEIGHBOURS: rows of the base */
+};
+
+static void truth_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
-    if (kind != CODE_AUTO)
-        return methods->kind == kind;
-    if (methods->kind == CODE_OPQ && dim > OPQ_DIM_AUTO_MAX)
-        return false;
-    return !methods->refuses(dim, code_bytes);
+    struct comparison *comparison = context;
+    const struct distance_kernels *kernels = distance_kernels_best();
+    uint32_t dim = comparison->dim;
+
+    (void)worker;
+    for (uint64_t q = begin; q < end; q++) {
+        const float *query = comparison->queries + q * dim;
+        uint32_t *nearest = comparison->truth + q * TRUE_NEIGHBOURS;
+        float distances[TRUE_NEIGHBOURS];
+        uint32_t found = 0;
+
+        for (uint32_t row = 0; row < comparison->base_count; row++) {
+            float distance = kernels->l2_f32(query, comparison->base + (size_t)row * dim, dim);
+            uint32_t place = found;
+
+            if (found == TRUE_NEIGHBOURS && !(distance < distances[found - 1]))
+                continue;
+            found += found < TRUE_NEIGHBOURS;
+            place = place < TRUE_NEIGHBOURS ? place : TRUE_NEIGHBOURS - 1;
+            for (; place > 0 && distance < distances[place - 1]; place--) {
+                distances[place] = distances[place - 1];
+                nearest[place] = nearest[place - 1];
+            }
+            distances[place] = distance;
+            nearest[place] = row;
+        }
+    }
 }
 
-static int check_shape(enum code_kind kind, uint32_t count, uint32_t dim, uint32_t code_bytes,
-                       struct error *err)
+static int comparison_init(struct comparison *comparison, const struct sample *sample,
+                           struct pool *pool, struct error *err)
 {
-    const struct code_methods *methods = methods_of(kind);
-    const char *refusal = methods ? methods->refuses(dim, code_bytes) : NULL;
+    uint32_t held_out = sample->held_out;
 
-    if (kind != CODE_AUTO && !methods)
-        return error_set(err, ERR_INVALID, "%d is no kind of code", (int)kind);
-    if (dim == 0 || dim > DISTANCE_DIM_MAX)
-        return error_set(err, ERR_INVALID, "codes want 1 to %u dimensions, found %u",
-                         DISTANCE_DIM_MAX, dim);
-    if (code_bytes == 0 || code_bytes > dim)
-        return error_set(err, ERR_INVALID,
-                         "codes of %u-dimensional vectors want 1 to %u bytes, "
-                         "found %u",
-                         dim, dim, code_bytes);
-    if (count < PQ_CENTROIDS)
-        return error_set(err, ERR_INVALID, "training a code wants at least %u vectors, found %u",
-                         PQ_CENTROIDS, count);
-    if (refusal)
-        return error_set(err, ERR_INVALID, "a %s code of %u bytes for %u dimensions %s",
-                         methods->name, code_bytes, dim, refusal);
-    if (kind == CODE_SCALAR && code_bytes != dim && code_bytes != dim / 2 + dim % 2)
-        return error_set(err, ERR_INVALID,
-                         "a scalar code of %u dimensions wants %u bytes (4 bits each) or %u (8 "
-                         "bits), found %u",
-                         dim, dim / 2 + dim % 2, dim, code_bytes);
+    /* At least 128 rows are held out, so queries and base are never fewer than a dozen. */
+    comparison->dim = sample->dim;
+    comparison->query_count = held_out / 10 < QUERIES_MAX ? held_out / 10 : QUERIES_MAX;
+    comparison->base_count = held_out - comparison->query_count;
+    if (comparison->base_count > BASE_ROWS_MAX)
+        comparison->base_count = BASE_ROWS_MAX;
+    comparison->queries = held_out_rows(sample);
+    comparison->base = comparison->queries + (size_t)comparison->query_count * comparison->dim;
+    comparison->truth =
+        malloc((size_t)comparison->query_count * TRUE_NEIGHBOURS * sizeof *comparison->truth);
+    if (!comparison->truth)
+        return error_set(err, ERR_NOMEM, "no memory to compare codes");
+    pool_for(pool, comparison->query_count, 4, truth_range, comparison);
     return 0;
 }
 
-int quantiser_train(enum code_kind kind, const float *sample, uint32_t count, uint32_t dim,
-                    uint32_t code_bytes, uint64_t seed, struct pool *pool, struct job *job,
-                    struct quantiser **out, struct error *err)
+struct rank_work {
+    const struct comparison *comparison;
+    const struct quantiser *quantiser;
+    const uint8_t *codes;
+    size_t scratch_floats;
+    float *scratch;    /* workers x scratch_floats */
+    uint16_t *entries; /* workers x quantiser_table_entries */
+    uint16_t *sums;    /* workers x base_count */
+    uint32_t *ranks;   /* query_count x TRUE_NEIGHBOURS: rows to look at until it is found */
+};
+
+static void rank_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
-    struct code_training training = {sample, count, dim, code_bytes, seed};
-    struct quantiser *best = NULL;
-    uint64_t units = 0;
-    int rc = -1;
+    struct rank_work *work = context;
+    const struct comparison *comparison = work->comparison;
+    const struct quantiser *quantiser = work->quantiser;
+    uint32_t count = comparison->base_count;
+    uint16_t *sums = work->sums + (size_t)worker * count;
+    struct code_table table = {.entries =
+                                   work->entries + worker * quantiser_table_entries(quantiser)};
 
-    if (check_shape(kind, count, dim, code_bytes, err) < 0)
-        return -1;
-    for (size_t i = 0; i < METHODS_COUNT; i++) {
-        if (kind_runs(all_methods[i], kind, dim, code_bytes))
-            units += all_methods[i]->train_units(dim, code_bytes);
-    }
-    job_phase(job, "train codes", units);
-    for (size_t i = 0; i < METHODS_COUNT; i++) {
-        struct quantiser *quantiser = NULL;
+    for (uint64_t q = begin; q < end; q++) {
+        quantiser_table(quantiser, METRIC_L2, comparison->queries + q * comparison->dim,
+                        work->scratch + worker * work->scratch_floats, &table);
+        code_scan_kernels_best()->run(table.entries, table.chunk_count, work->codes,
+                                      quantiser->code_bytes, 0, count, sums);
+        for (uint64_t t = q * TRUE_NEIGHBOURS; t < (q + 1) * TRUE_NEIGHBOURS; t++) {
+            uint32_t row = comparison->truth[t], rank = 1;
 
-        if (!kind_runs(all_methods[i], kind, dim, code_bytes))
-            continue;
-        if (train_kind(all_methods[i], &training, pool, job, &quantiser, err) < 0)
-            goto done;
-        if (!best || quantiser->distortion < best->distortion) {
-            quantiser_free(best);
-            best = quantiser;
-        } else {
-            quantiser_free(quantiser);
+            for (uint32_t i = 0; i < row; i++)
+                rank += sums[i] <= sums[row];
+            for (uint32_t i = row; i < count; i++)
+                rank += sums[i] < sums[row];
+            work->ranks[t] = rank;
         }
     }
-    *out = best;
-    best = NULL;
+}
+
+static int compare_ranks(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* How many rows to look at for `share` of the ranks (ascending) to be within; between two whole
+ * numbers by the straight line, or codes that need eleven and twelve would all look alike. */
+static float rows_for(const uint32_t *ranks, uint32_t count, double share)
+{
+    double wanted = share * count;
+    uint32_t at = (uint32_t)ceil(wanted) - 1; /* the rank that brings the share up to it */
+    uint32_t before = at, within = at + 1;
+
+    while (before > 0 && ranks[before - 1] == ranks[at])
+        before--;
+    while (within < count && ranks[within] == ranks[at])
+        within++;
+    return (float)(ranks[at] - 1 + (wanted - before) / (within - before));
+}
+
+static int compare_one(const struct comparison *comparison, const struct quantiser *quantiser,
+                       struct pool *pool, struct code_trial *trial, struct error *err)
+{
+    uint32_t workers = pool_workers(pool);
+    uint32_t ranks = comparison->query_count * TRUE_NEIGHBOURS;
+    uint8_t *codes = malloc((size_t)comparison->base_count * quantiser->code_bytes);
+    struct rank_work work = {
+        .comparison = comparison,
+        .quantiser = quantiser,
+        .codes = codes,
+        .scratch_floats = quantiser_scratch_floats(quantiser),
+    };
+    int rc = -1;
+
+    work.scratch = malloc(workers * work.scratch_floats * sizeof *work.scratch);
+    work.entries =
+        aligned_alloc(64, workers * quantiser_table_entries(quantiser) * sizeof *work.entries);
+    work.sums = malloc((size_t)workers * comparison->base_count * sizeof *work.sums);
+    work.ranks = malloc(ranks * sizeof *work.ranks);
+    if (!codes || !work.scratch || !work.entries || !work.sums || !work.ranks) {
+        error_set(err, ERR_NOMEM, "no memory to compare codes with %u workers", workers);
+        goto done;
+    }
+    if (encode_with_errors(quantiser, comparison->base, comparison->base_count, pool, codes, NULL,
+                           err) < 0)
+        goto done;
+    pool_for(pool, comparison->query_count, 2, rank_range, &work);
+    qsort(work.ranks, ranks, sizeof *work.ranks, compare_ranks);
+    trial->verified_95 = rows_for(work.ranks, ranks, 0.95);
+    trial->verified_99 = rows_for(work.ranks, ranks, 0.99);
     rc = 0;
 done:
-    quantiser_free(best);
+    free(codes);
+    free(work.scratch);
+    free(work.entries);
+    free(work.sums);
+    free(work.ranks);
     return rc;
+}
+
+static double verified(const struct code_trial *trial)
+{
+    return (double)trial->verified_95 + (double)trial->verified_99;
+}
+
+/* The simplest, which is the first, that needs hardly more rows than the best. */
+static uint32_t best_trial(const struct code_trial *trials, uint32_t count)
+{
+    const struct code_trial *best = &trials[0];
+    uint32_t chosen = 0;
+
+    for (uint32_t i = 1; i < count; i++)
+        best = verified(&trials[i]) < verified(best) ? &trials[i] : best;
+    for (; &trials[chosen] != best; chosen++) {
+        bool rotation = best->kind == CODE_OPQ && trials[chosen].kind != CODE_OPQ;
+
+        if (verified(&trials[chosen]) <= (rotation ? TIE_ROTATION : TIE) * verified(best))
+            break;
+    }
+    return chosen;
+}
+
+/* Why a code cannot have this shape, as the end of a sentence, or NULL. */
+static const char *shape_refused(const struct code_methods *methods, bool own, uint32_t dim,
+                                 uint32_t code_bytes)
+{
+    if (own && code_bytes < 2)
+        return "has no byte beside the distortion's";
+    if (code_bytes > DISTANCE_DIM_MAX) /* what code_table_fill takes */
+        return "has more bytes than tables can add up";
+    return methods->refuses(dim, code_bytes - own);
+}
+
+/* Fills bake_off with the codes that take part, in the order of simplicity. */
+static int list_trials(const struct quantiser_params *params, uint32_t count, uint32_t dim,
+                       struct code_bake_off *bake_off, struct error *err)
+{
+    uint32_t code_bytes = params->code_bytes;
+    const char *refusal = NULL;
+
+    if (params->kind != CODE_AUTO && !methods_of(params->kind))
+        return error_set(err, ERR_INVALID, "%d is no kind of code", (int)params->kind);
+    if (params->own_distortion > CHOICE_YES)
+        return error_set(err, ERR_INVALID, "%d is no choice of own distortion",
+                         (int)params->own_distortion);
+    if (dim == 0 || dim > DISTANCE_DIM_MAX)
+        return error_set(err, ERR_INVALID, "codes want 1 to %u dimensions, found %u",
+                         DISTANCE_DIM_MAX, dim);
+    if (code_bytes == 0 || code_bytes > dim + 1)
+        return error_set(err, ERR_INVALID,
+                         "codes of %u-dimensional vectors want 1 to %u bytes, found %u", dim,
+                         dim + 1, code_bytes);
+    if (count < CODE_VALUES)
+        return error_set(err, ERR_INVALID, "training a code wants at least %u vectors, found %u",
+                         CODE_VALUES, count);
+    memset(bake_off, 0, sizeof *bake_off);
+    for (size_t m = 0; m < METHODS_COUNT; m++) {
+        const struct code_methods *methods = all_methods[m];
+
+        if (params->kind != CODE_AUTO && methods->kind != params->kind)
+            continue;
+        if (params->kind == CODE_AUTO && methods->kind == CODE_OPQ && dim > OPQ_DIM_AUTO_MAX)
+            continue;
+        for (int own = 0; own < 2; own++) {
+            const char *why = shape_refused(methods, own, dim, code_bytes);
+
+            if (params->own_distortion == (own ? CHOICE_NO : CHOICE_YES))
+                continue;
+            if (why)
+                refusal = why;
+            else
+                bake_off->trials[bake_off->count++] = (struct code_trial){
+                    .kind = methods->kind, .own_distortion = own, .code_bytes = code_bytes};
+        }
+    }
+    if (bake_off->count == 0)
+        return error_set(err, ERR_INVALID, "a %s code of %u bytes for %u dimensions%s %s",
+                         code_kind_name(params->kind), code_bytes, dim,
+                         params->own_distortion == CHOICE_YES ? " with own distortion" : "",
+                         refusal);
+    return 0;
+}
+
+int quantiser_train(const struct quantiser_params *params, const float *sample, uint32_t count,
+                    uint32_t dim, struct pool *pool, struct job *job, struct quantiser **out,
+                    struct code_bake_off *bake_off, struct error *err)
+{
+    struct sample rows = {sample, count, dim, count - count / 2, params->seed};
+    struct quantiser *trained[CODE_TRIALS_MAX] = {NULL};
+    struct comparison comparison = {0};
+    struct code_bake_off tried = {0};
+    uint64_t units = 0;
+    uint32_t chosen = 0;
+    int rc = -1;
+
+    if (list_trials(params, count, dim, &tried, err) < 0)
+        return -1;
+    for (uint32_t i = 0; i < tried.count; i++)
+        units += methods_of(tried.trials[i].kind)
+                     ->train_units(dim, params->code_bytes - tried.trials[i].own_distortion);
+    job_phase(job, "train codes", units);
+    for (uint32_t i = 0; i < tried.count; i++) {
+        if (train_one(&tried.trials[i], &rows, pool, job, &trained[i], err) < 0)
+            goto done;
+        tried.trials[i].distortion = trained[i]->distortion;
+    }
+    if (tried.count > 1) {
+        if (comparison_init(&comparison, &rows, pool, err) < 0)
+            goto done;
+        for (uint32_t i = 0; i < tried.count; i++) {
+            if (compare_one(&comparison, trained[i], pool, &tried.trials[i], err) < 0 ||
+                job_advance(job, 0, err) < 0)
+                goto done;
+        }
+        tried.base_rows = comparison.base_count;
+        tried.queries = comparison.query_count;
+        chosen = best_trial(tried.trials, tried.count);
+    }
+    tried.trials[chosen].chosen = true;
+    if (bake_off)
+        *bake_off = tried;
+    *out = trained[chosen];
+    trained[chosen] = NULL;
+    rc = 0;
+done:
+    for (uint32_t i = 0; i < tried.count; i++)
+        quantiser_free(trained[i]);
+    free(comparison.truth);
+    return rc;
+}
+
+/* ---- stored bytes ---- */
+
+int code_read_floats(const uint8_t *bytes, size_t count, const char *what, float *out,
+                     struct error *err)
+{
+    for (size_t i = 0; i < count; i++) {
+        out[i] = load_f32(bytes + i * sizeof *out);
+        if (!isfinite(out[i]))
+            return error_set(err, ERR_CORRUPT, "%s %zu of the quantiser is not finite", what, i);
+    }
+    return 0;
+}
+
+int code_read_halves(const uint8_t *bytes, size_t count, const char *what, uint16_t *out,
+                     struct error *err)
+{
+    for (size_t i = 0; i < count; i++) {
+        out[i] = load_u16(bytes + i * sizeof *out);
+        if ((out[i] & 0x7c00) == 0x7c00)
+            return error_set(err, ERR_CORRUPT, "%s %zu of the quantiser is not finite", what, i);
+    }
+    return 0;
+}
+
+void code_write_floats(uint8_t *bytes, const float *numbers, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        store_f32(bytes + i * sizeof *numbers, numbers[i]);
+}
+
+void code_write_halves(uint8_t *bytes, const uint16_t *numbers, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        store_u16(bytes + i * sizeof *numbers, numbers[i]);
 }
 
 static uint32_t stored_crc(const uint8_t *data, size_t bytes)
@@ -342,8 +747,7 @@ int quantiser_encode_bytes(const struct quantiser *quantiser, uint8_t **out, siz
                            struct error *err)
 {
     const struct code_methods *methods = quantiser->methods;
-    uint64_t floats = methods->stored_floats(quantiser->dim, quantiser->code_bytes);
-    size_t size = HEADER_SIZE + floats * sizeof(float);
+    size_t size = HEADER_SIZE + methods->stored_bytes(quantiser->dim, chunk_count(quantiser));
     uint8_t *data = calloc(1, size);
 
     if (!data)
@@ -355,6 +759,9 @@ int quantiser_encode_bytes(const struct quantiser *quantiser, uint8_t **out, siz
     store_u32(data + HEADER_DIM, quantiser->dim);
     store_u32(data + HEADER_CODE_BYTES, quantiser->code_bytes);
     store_f32(data + HEADER_DISTORTION, quantiser->distortion);
+    store_u32(data + HEADER_OWN, quantiser->own);
+    store_f32(data + HEADER_OWN_LEAST, quantiser->own_least);
+    store_f32(data + HEADER_OWN_RATIO, quantiser->own_ratio);
     methods->write(quantiser->code, data + HEADER_SIZE);
     store_u32(data + HEADER_CRC, stored_crc(data, size));
     *out = data;
@@ -362,11 +769,11 @@ int quantiser_encode_bytes(const struct quantiser *quantiser, uint8_t **out, siz
     return 0;
 }
 
-/* Everything about the bytes that can be wrong; nothing of them is used before. */
+/* What can be wrong with the header; the code's numbers are for its method to check. */
 static int check_stored(const uint8_t *data, size_t bytes, const char *where, struct error *err)
 {
     const struct code_methods *methods;
-    uint32_t version, kind, dim, code_bytes;
+    uint32_t version, kind, dim, code_bytes, own;
     uint64_t wanted;
 
     if (bytes < HEADER_SIZE)
@@ -388,14 +795,17 @@ static int check_stored(const uint8_t *data, size_t bytes, const char *where, st
     kind = load_u32(data + HEADER_KIND);
     dim = load_u32(data + HEADER_DIM);
     code_bytes = load_u32(data + HEADER_CODE_BYTES);
+    own = load_u32(data + HEADER_OWN);
     methods = methods_of(kind);
     if (!methods)
         return error_set(err, ERR_UNSUPPORTED, "%s: quantiser of unknown kind %u", where, kind);
-    if (dim == 0 || dim > DISTANCE_DIM_MAX || code_bytes == 0 || code_bytes > dim ||
-        methods->refuses(dim, code_bytes))
+    if (own > 1)
+        return error_set(err, ERR_CORRUPT, "%s: quantiser with own distortion %u", where, own);
+    if (dim == 0 || dim > DISTANCE_DIM_MAX || code_bytes == 0 ||
+        shape_refused(methods, own, dim, code_bytes))
         return error_set(err, ERR_CORRUPT, "%s: %s quantiser of %u dimensions in %u bytes", where,
                          methods->name, dim, code_bytes);
-    wanted = HEADER_SIZE + methods->stored_floats(dim, code_bytes) * sizeof(float);
+    wanted = HEADER_SIZE + methods->stored_bytes(dim, code_bytes - own);
     if (wanted != bytes)
         return error_set(err, ERR_CORRUPT,
                          "%s: %s quantiser of %u dimensions in %u bytes wants %llu bytes, found "
@@ -406,13 +816,26 @@ static int check_stored(const uint8_t *data, size_t bytes, const char *where, st
             return error_set(err, ERR_CORRUPT, "%s: quantiser's reserved byte %zu is not zero",
                              where, i);
     }
-    if (!isfinite(load_f32(data + HEADER_DISTORTION)))
-        return error_set(err, ERR_CORRUPT, "%s: quantiser's distortion is not finite", where);
-    for (size_t i = HEADER_SIZE; i < bytes; i += sizeof(float)) {
-        if (!isfinite(load_f32(data + i)))
-            return error_set(err, ERR_CORRUPT, "%s: quantiser's number at byte %zu is not finite",
-                             where, i);
-    }
+    if (!isfinite(load_f32(data + HEADER_DISTORTION)) || load_f32(data + HEADER_DISTORTION) < 0)
+        return error_set(err, ERR_CORRUPT, "%s: quantiser's distortion is %g", where,
+                         (double)load_f32(data + HEADER_DISTORTION));
+    return 0;
+}
+
+/* The scale of own distortions, or zeros where there are none. */
+static int read_own_scale(struct quantiser *quantiser, const uint8_t *data, struct error *err)
+{
+    float least = load_f32(data + HEADER_OWN_LEAST);
+    float ratio = load_f32(data + HEADER_OWN_RATIO);
+    bool right;
+
+    if (quantiser->own)
+        right = least >= 0 && ratio >= 1 && own_scale_set(quantiser, least, ratio);
+    else
+        right = load_u32(data + HEADER_OWN_LEAST) == 0 && load_u32(data + HEADER_OWN_RATIO) == 0;
+    if (!right)
+        return error_set(err, ERR_CORRUPT, "the quantiser's own distortions go from %g by %g",
+                         (double)least, (double)ratio);
     return 0;
 }
 
@@ -430,7 +853,9 @@ int quantiser_decode_bytes(const uint8_t *data, size_t bytes, const char *where,
     quantiser->dim = load_u32(data + HEADER_DIM);
     quantiser->code_bytes = load_u32(data + HEADER_CODE_BYTES);
     quantiser->distortion = load_f32(data + HEADER_DISTORTION);
-    if (quantiser->methods->read(data + HEADER_SIZE, quantiser->dim, quantiser->code_bytes,
+    quantiser->own = load_u32(data + HEADER_OWN) == 1;
+    if (read_own_scale(quantiser, data, err) < 0 ||
+        quantiser->methods->read(data + HEADER_SIZE, quantiser->dim, chunk_count(quantiser),
                                  &quantiser->code, err) < 0) {
         error_prefix(err, "%s", where);
         quantiser_free(quantiser);

@@ -1,27 +1,19 @@
 /* Which quantiles to clamp at depends on the tails: clamping costs the few outside, not clamping
  * makes every step wider. So a handful of them is tried on a sorted sample of each dimension.
  *
- * 4-bit lookup tables are 16 floats a dimension, for the adc4 kernel. With 8 bits a table of 256 a
- * dimension would fall out of the first cache, while the arithmetic is two instructions a register:
- * the "table" then holds the query, scaled so that a code's bytes multiply into it. */
+ * A byte's shares are those of a dimension's 256 levels, or of a pair of dimensions' 16 levels:
+ * the pair's shares are sums of two, so the tables of 4 bits cost an addition an entry. */
 #include "index/scalar_code.h"
 
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "index/code_kernels.h"
-#include "index/distance.h"
-#include "storage/base/bytes.h"
-
 #define QUANTILE_SAMPLE 8192u
-
-/* An 8-bit table: which formula, its constant, then two arrays of dim floats. */
-enum { TABLE_FORM = 0, TABLE_BASE = 1, TABLE_ARRAYS = 2 };
 
 struct scalar_code {
     uint32_t dim;
-    uint32_t code_bytes;
+    uint32_t chunk_count;
     uint32_t top;  /* the highest level: 15 or 255 */
     float *lowest; /* dim: the value of level 0 */
     float *step;   /* dim: between levels; 0 for a constant dimension */
@@ -38,15 +30,15 @@ static void scalar_free(void *code)
     free(scalar);
 }
 
-static struct scalar_code *scalar_new(uint32_t dim, uint32_t code_bytes, struct error *err)
+static struct scalar_code *scalar_new(uint32_t dim, uint32_t chunk_count, struct error *err)
 {
     struct scalar_code *scalar = calloc(1, sizeof *scalar);
 
     if (!scalar)
         goto fail;
     scalar->dim = dim;
-    scalar->code_bytes = code_bytes;
-    scalar->top = code_bytes >= dim ? 255 : 15;
+    scalar->chunk_count = chunk_count;
+    scalar->top = chunk_count == dim ? 255 : 15;
     scalar->lowest = calloc(dim, sizeof *scalar->lowest);
     scalar->step = calloc(dim, sizeof *scalar->step);
     if (!scalar->lowest || !scalar->step)
@@ -58,14 +50,16 @@ fail:
     return NULL;
 }
 
-static const char *scalar_refuses(uint32_t dim, uint32_t code_bytes)
+static const char *scalar_refuses(uint32_t dim, uint32_t chunk_count)
 {
-    return code_bytes < dim / 2 + dim % 2 ? "has less than 4 bits a dimension" : NULL;
+    return chunk_count != dim && chunk_count != dim / 2 + dim % 2
+               ? "has neither 4 nor 8 bits a dimension"
+               : NULL;
 }
 
-static uint64_t scalar_train_units(uint32_t dim, uint32_t code_bytes)
+static uint64_t scalar_train_units(uint32_t dim, uint32_t chunk_count)
 {
-    (void)code_bytes;
+    (void)chunk_count;
     return dim;
 }
 
@@ -134,7 +128,7 @@ static void train_range(void *context, uint64_t begin, uint64_t end, uint32_t wo
 static int scalar_train(const struct code_training *training, struct pool *pool, struct job *job,
                         void **out, struct error *err)
 {
-    struct scalar_code *scalar = scalar_new(training->dim, training->code_bytes, err);
+    struct scalar_code *scalar = scalar_new(training->dim, training->chunk_count, err);
     struct scalar_training work = {.scalar = scalar, .training = training};
     int rc = -1;
 
@@ -172,7 +166,7 @@ static size_t scalar_encode_scratch_floats(const void *code)
 }
 
 static void scalar_encode_block(const void *code, const float *vectors, uint32_t count,
-                                float *scratch, uint8_t *codes, float *errors)
+                                float *scratch, uint8_t *codes, uint64_t code_stride, float *errors)
 {
     const struct scalar_code *scalar = code;
     bool nibbles = scalar->top == 15;
@@ -180,10 +174,10 @@ static void scalar_encode_block(const void *code, const float *vectors, uint32_t
     (void)scratch;
     for (uint32_t i = 0; i < count; i++) {
         const float *vector = vectors + (size_t)i * scalar->dim;
-        uint8_t *bytes = codes + (size_t)i * scalar->code_bytes;
+        uint8_t *bytes = codes + i * code_stride;
         float error = 0;
 
-        memset(bytes, 0, scalar->code_bytes);
+        memset(bytes, 0, scalar->chunk_count);
         for (uint32_t d = 0; d < scalar->dim; d++) {
             uint32_t level = level_of(vector[d], scalar->lowest[d], scalar->step[d], scalar->top);
             float lost = vector[d] - (scalar->lowest[d] + scalar->step[d] * (float)level);
@@ -210,85 +204,53 @@ static void scalar_decode(const void *code, const uint8_t *bytes, float *vector)
     }
 }
 
-static size_t scalar_table_floats(const void *code)
-{
-    const struct scalar_code *scalar = code;
-
-    return scalar->top == 15 ? 16u * (size_t)scalar->dim : TABLE_ARRAYS + 2u * (size_t)scalar->dim;
-}
-
 static size_t scalar_scratch_floats(const void *code)
 {
     (void)code;
     return 0;
 }
 
-static void table_of_nibbles(const struct scalar_code *scalar, enum metric metric,
-                             const float *query, float *table)
+/* Shares of the levels of one dimension. */
+static void level_shares(const struct scalar_code *scalar, uint32_t d, enum metric metric,
+                         float number, float *shares)
 {
-    for (uint32_t d = 0; d < scalar->dim; d++) {
-        for (uint32_t level = 0; level < 16; level++) {
-            float value = scalar->lowest[d] + scalar->step[d] * (float)level;
-            float diff = query[d] - value;
+    float lowest = scalar->lowest[d], step = scalar->step[d];
 
-            table[(size_t)d * 16 + level] = metric == METRIC_L2 ? diff * diff : -query[d] * value;
-        }
+    for (uint32_t level = 0; level <= scalar->top; level++) {
+        float value = lowest + step * (float)level;
+        float diff = number - value;
+
+        shares[level] = metric == METRIC_L2 ? diff * diff : -number * value;
     }
 }
 
 static void scalar_table(const void *code, enum metric metric, const float *query, float *scratch,
-                         float *table)
+                         float *shares)
 {
     const struct scalar_code *scalar = code;
-    float *first = table + TABLE_ARRAYS;
-    float *second = first + scalar->dim;
-    float base = 0;
 
     (void)scratch;
-    if (scalar->top == 15) {
-        table_of_nibbles(scalar, metric, query, table);
-        return;
-    }
-    for (uint32_t d = 0; d < scalar->dim; d++) {
-        if (metric == METRIC_L2) {
-            first[d] = query[d] - scalar->lowest[d];
-            second[d] = scalar->step[d];
-        } else {
-            base -= query[d] * scalar->lowest[d];
-            first[d] = 0;
-            second[d] = -query[d] * scalar->step[d];
+    for (uint32_t c = 0; c < scalar->chunk_count; c++, shares += CODE_VALUES) {
+        float low[16], high[16] = {0}; /* past an odd last dimension nothing is added */
+
+        if (scalar->top == 255) {
+            level_shares(scalar, c, metric, query[c], shares);
+            continue;
+        }
+        level_shares(scalar, 2 * c, metric, query[2 * c], low);
+        if (2 * c + 1 < scalar->dim)
+            level_shares(scalar, 2 * c + 1, metric, query[2 * c + 1], high);
+        for (uint32_t h = 0; h < 16; h++) {
+            for (uint32_t l = 0; l < 16; l++)
+                shares[16 * h + l] = high[h] + low[l];
         }
     }
-    table[TABLE_FORM] = metric == METRIC_L2 ? 0.0f : 1.0f;
-    table[TABLE_BASE] = base;
 }
 
-static void scalar_estimate(const void *code, const float *table, const uint8_t *codes,
-                            const uint32_t *rows, uint32_t count, float *out)
+static uint64_t scalar_stored_bytes(uint32_t dim, uint32_t chunk_count)
 {
-    const struct scalar_code *scalar = code;
-    const struct code_kernels *kernels = code_kernels_best();
-    uint32_t dim = scalar->dim;
-    const float *first = table + TABLE_ARRAYS;
-    const float *second = first + dim;
-
-    if (scalar->top == 15) {
-        distance_kernels_best()->adc4_rows(table, dim, codes, scalar->code_bytes, rows, count, out);
-        return;
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        const uint8_t *bytes = codes + (size_t)rows[i] * scalar->code_bytes;
-
-        out[i] = table[TABLE_FORM] == 0
-                     ? kernels->l2_bytes(first, second, bytes, dim)
-                     : table[TABLE_BASE] + kernels->dot_bytes(second, bytes, dim);
-    }
-}
-
-static uint64_t scalar_stored_floats(uint32_t dim, uint32_t code_bytes)
-{
-    (void)code_bytes;
-    return 2ull * dim;
+    (void)chunk_count;
+    return 2ull * dim * sizeof(float);
 }
 
 /* All lowest values, then all steps. */
@@ -296,22 +258,21 @@ static void scalar_write(const void *code, uint8_t *bytes)
 {
     const struct scalar_code *scalar = code;
 
-    for (uint32_t d = 0; d < scalar->dim; d++) {
-        store_f32(bytes + 4ull * d, scalar->lowest[d]);
-        store_f32(bytes + 4ull * (scalar->dim + d), scalar->step[d]);
-    }
+    code_write_floats(bytes, scalar->lowest, scalar->dim);
+    code_write_floats(bytes + scalar->dim * sizeof(float), scalar->step, scalar->dim);
 }
 
-static int scalar_read(const uint8_t *bytes, uint32_t dim, uint32_t code_bytes, void **out,
+static int scalar_read(const uint8_t *bytes, uint32_t dim, uint32_t chunk_count, void **out,
                        struct error *err)
 {
-    struct scalar_code *scalar = scalar_new(dim, code_bytes, err);
+    struct scalar_code *scalar = scalar_new(dim, chunk_count, err);
 
     if (!scalar)
         return -1;
-    for (uint32_t d = 0; d < dim; d++) {
-        scalar->lowest[d] = load_f32(bytes + 4ull * d);
-        scalar->step[d] = load_f32(bytes + 4ull * (dim + d));
+    if (code_read_floats(bytes, dim, "lowest value", scalar->lowest, err) < 0 ||
+        code_read_floats(bytes + dim * sizeof(float), dim, "step", scalar->step, err) < 0) {
+        scalar_free(scalar);
+        return -1;
     }
     *out = scalar;
     return 0;
@@ -328,11 +289,9 @@ const struct code_methods scalar_code_methods = {
     .encode_scratch_floats = scalar_encode_scratch_floats,
     .encode_block = scalar_encode_block,
     .decode = scalar_decode,
-    .table_floats = scalar_table_floats,
     .scratch_floats = scalar_scratch_floats,
     .table = scalar_table,
-    .estimate = scalar_estimate,
-    .stored_floats = scalar_stored_floats,
+    .stored_bytes = scalar_stored_bytes,
     .write = scalar_write,
     .read = scalar_read,
 };

@@ -1,6 +1,6 @@
-/* Scalar code: 8 bits a dimension where code_bytes is dim, else 4 bits, low nibble first, and zero
- * bytes up to code_bytes. Levels are evenly spaced between two quantiles of the dimension, those
- * that lose least on the sample; what lies outside is clamped. Behind quantiser.h. */
+/* Scalar code: 8 bits a dimension where the code is dim bytes, 4 bits, low nibble first, where it
+ * is half of that (rounded up). Levels are evenly spaced between two quantiles of the dimension,
+ * those that lose least on the sample; what lies outside is clamped. Behind quantiser.h. */
 #ifndef ANND_INDEX_SCALAR_CODE_H
 #define ANND_INDEX_SCALAR_CODE_H
 

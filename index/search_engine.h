@@ -1,9 +1,9 @@
 /* search_engine: threads that run many queries at once.
  *
  * Each thread owns one reader (ring) and a fixed number of query slots; a slot runs one query's
- * state machine (disk_search.h) and the thread interleaves them, so that the drive sees a deep
- * queue while no query waits for another. Nothing is allocated per query. Answers do not depend on
- * what else runs. */
+ * state machine (disk_search.h) and the thread interleaves them, so that the drive sees as deep a
+ * queue as it is allowed and no query keeps another from its turn. Nothing is allocated per query.
+ * Answers do not depend on what else runs. */
 #ifndef ANND_INDEX_SEARCH_ENGINE_H
 #define ANND_INDEX_SEARCH_ENGINE_H
 
@@ -17,13 +17,11 @@
 struct search_engine_options {
     uint32_t threads;          /* 0: one per CPU */
     uint32_t slots_per_thread; /* queries interleaved by one thread, 1..64 */
-    uint32_t beam_width;       /* reads in flight per query, 1..DISK_SEARCH_BEAM_MAX */
-    uint32_t search_list_max;  /* scratch is sized by these four */
-    uint32_t k_max;
-    uint32_t dim_max;
-    uint32_t page_bytes_max;
-    uint64_t table_floats_max; /* quantiser_table_floats of the largest index */
-    uint64_t scratch_floats_max;
+    /* Reads outstanding over all threads, each having its equal share, one at least: few keep the
+     * drive's latency low (about 32), many its throughput high (about 128). A query that wants more
+     * waits its turn. 0: 128. */
+    uint32_t reads_in_flight;
+    struct disk_search_limits limits; /* scratch of each slot is sized by these */
     enum reader_backend backend;
 };
 
@@ -41,18 +39,22 @@ struct search_task {
     /* Called on the engine's thread, once; must not block. */
     void (*done)(struct search_task *task);
     void *context;
-    struct search_task *next; /* the engine's */
+    struct search_task *next; /* the engine's, as is the next */
+    uint64_t submitted_ns;
 };
 
 int search_engine_open(const struct search_engine_options *options, struct search_engine **out,
                        struct error *err);
 /* Finishes what is queued, joins the threads. NULL is accepted. */
 void search_engine_close(struct search_engine *engine);
-/* Any thread. ERR_BUSY when the queue is full (queue_max tasks wait), ERR_INVALID when the task
- * exceeds what the engine was sized for; then done() is not called. */
+/* Any thread, done() included. ERR_BUSY when the queue is full (65,536 tasks wait); then done() is
+ * not called. A task that exceeds what the engine was sized for is answered with ERR_INVALID. One
+ * whose deadline passes, or that is cancelled, while it waits for a thread or for its turn to read
+ * is answered without going on. */
 int search_engine_submit(struct search_engine *engine, struct search_task *task, struct error *err);
 /* Submits count tasks and waits for all; their own `done` and `context` are overwritten. Any thread
- * that is not the engine's. Errors are in each task. */
+ * that is not the engine's. Errors are in each task. ERR_BUSY when others keep the queue full: some
+ * tasks, the last ones, were not run. */
 int search_engine_run(struct search_engine *engine, struct search_task *tasks, uint32_t count,
                       struct error *err);
 uint64_t search_engine_memory_bytes(const struct search_engine *engine);

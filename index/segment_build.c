@@ -12,6 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "index/calibrate.h"
+#include "index/cells.h"
+#include "index/flat.h"
+#include "index/graph_file.h"
 #include "index/page_codec.h"
 #include "index/page_layout.h"
 #include "index/rows.h"
@@ -21,12 +25,20 @@
 #include "storage/file.h"
 #include "storage/segment_writer.h"
 
-#define FORMAT_VERSION 1u
+#define FORMAT_VERSION 2u
 #define READ_BYTES (8u << 20)
 #define SAMPLE_ROWS 65536u
 #define ENCODE_ROWS 16384u
 #define PAGE_RUN 512u /* pages encoded at once */
 #define ROWS_MIN 256u
+#define LIST_PLACES 24u /* nearest neighbours that make the order */
+#define REFINE_ROUNDS 8u
+#define CELL_ROWS 72u /* about, in whole pages: finer cells cost memory, coarser ones scans */
+#define TIER_ROWS_MIN 1000u
+#define QUERIES_MAX 1000u /* rows left out of the order to calibrate with */
+#define QUERIES_MIN 100u  /* fewer say little about a recall of 0.99 */
+#define QUERY_SHARE 50u   /* one row in so many at most */
+#define TRUTH_K 100u
 
 struct build {
     struct vfs *vfs;
@@ -51,7 +63,13 @@ struct build {
     uint8_t input_digest[DIGEST_BYTES];
 
     struct quantiser *quantiser;
+    struct code_bake_off bake_off;
     struct graph *graph;
+    struct neighbour_lists lists;
+    struct page_layout_params layout;
+    uint32_t *apart; /* rows to calibrate with */
+    uint32_t cell_pages;
+    struct cells_builder *cells;
     uint32_t *order;     /* position -> row */
     uint32_t *positions; /* row -> position */
     struct page_format format;
@@ -101,8 +119,9 @@ static int params_check(const struct vector_source *source, struct segment_build
                          vector_source_name(source), dim, DISTANCE_DIM_MAX - 1);
     if (!params->code_bytes)
         params->code_bytes = code_bytes_default(dim);
-    if (params->code_bytes > dim)
-        return error_set(err, ERR_INVALID, "--code-bytes %u exceeds the dimension %u",
+    if (params->code_bytes > dim + 1)
+        return error_set(err, ERR_INVALID,
+                         "--code-bytes %u exceeds the dimension %u and a byte for the distortion",
                          params->code_bytes, dim);
     if (!params->store)
         params->store = is_float(element) ? STORE_F16 : element == ELEMENT_U8 ? STORE_U8 : STORE_I8;
@@ -144,18 +163,24 @@ int segment_build_plan(const struct vector_source *source, const struct segment_
                                          params.seed};
     uint64_t vectors = rows * element_bytes(type, space_dim);
     uint64_t graph = vamana_memory_bytes(rows, &vamana, workers);
+    /* The graph as it is kept, the lists, and what page_layout.h says the trades take. */
+    uint64_t layout = rows * (params.max_degree * 4ull + 4) +
+                      neighbour_lists_memory_bytes(rows, LIST_PLACES) +
+                      rows * (44 + 8 * LIST_PLACES);
     uint64_t sample = (rows < SAMPLE_ROWS ? rows : SAMPLE_ROWS) * dim * 4ull * 3;
     uint64_t order = rows * 8 + rows * 8 * 2; /* positions both ways; keys and their sort */
     uint64_t buffers = 4 * READ_BYTES + (uint64_t)ENCODE_ROWS * dim * 8 + (32u << 20);
 
     if (params.metric == METRIC_COSINE && !is_float(vector_source_type(source)))
         vectors += rows * dim;
+    graph = graph > layout ? graph : layout;
     *bytes = vectors + (graph > sample ? graph : sample) + order + buffers;
     if (sum) {
         char text[256];
 
         snprintf(text, sizeof text,
-                 "vectors %.1f MiB, graph %.1f MiB, order and keys %.1f MiB, buffers %.1f MiB",
+                 "vectors %.1f MiB, graph and its order %.1f MiB, positions and keys %.1f MiB, "
+                 "buffers %.1f MiB",
                  (double)vectors / (1 << 20), (double)(graph > sample ? graph : sample) / (1 << 20),
                  (double)order / (1 << 20), (double)buffers / (1 << 20));
         *sum = strdup(text);
@@ -324,8 +349,16 @@ static int build_train(struct build *b, struct error *err)
         row_floats(b, (uint32_t)(begin + random_below(&random, end - begin)),
                    sample + (uint64_t)shuffle[i] * b->dim);
     }
-    rc = quantiser_train(b->params.code, sample, count, b->dim, b->params.code_bytes,
-                         b->params.seed, b->pool, b->job, &b->quantiser, err);
+    const struct quantiser_params code = {
+        b->params.code,
+        /* An inner product's estimate has no distortion to correct. */
+        b->params.metric == METRIC_IP && b->params.own_distortion == CHOICE_AUTO
+            ? CHOICE_NO
+            : b->params.own_distortion,
+        b->params.code_bytes, b->params.seed};
+
+    rc = quantiser_train(&code, sample, count, b->dim, b->pool, b->job, &b->quantiser, &b->bake_off,
+                         err);
 done:
     free(shuffle);
     free(sample);
@@ -347,6 +380,26 @@ static void gather_range(void *context, uint64_t begin, uint64_t end, uint32_t w
         row_floats(g->b, g->b->order[g->first + i], g->out + i * g->b->dim);
 }
 
+static int write_cells(struct build *b, struct error *err)
+{
+    struct cells *cells = NULL;
+    uint8_t *bytes = NULL;
+    size_t count;
+    int rc = -1;
+
+    if (cells_builder_finish(b->cells, &cells, err) < 0 ||
+        cells_encode_bytes(cells, &bytes, &count, err) < 0 ||
+        segment_writer_begin(b->writer, "f0.cells", SECTION_CELLS, FILE_BLOCK_BYTES, err) < 0 ||
+        segment_writer_append(b->writer, bytes, count, err) < 0)
+        goto done;
+    rc = segment_writer_end(b->writer, err);
+done:
+    free(bytes);
+    cells_free(cells);
+    return rc;
+}
+
+/* Codes, and the centroids of the cells on the way. */
 static int write_codes(struct build *b, struct error *err)
 {
     uint32_t code_bytes = quantiser_code_bytes(b->quantiser);
@@ -359,19 +412,24 @@ static int write_codes(struct build *b, struct error *err)
         error_set(err, ERR_NOMEM, "no memory for a block of codes");
         goto done;
     }
-    if (segment_writer_begin(b->writer, "f0.codes", SECTION_CODES, FILE_BLOCK_BYTES, err) < 0)
+    if (cells_builder_new(b->count, b->cell_pages * b->format.capacity, b->dim, &b->cells, err) <
+            0 ||
+        segment_writer_begin(b->writer, "f0.codes", SECTION_CODES, FILE_BLOCK_BYTES, err) < 0)
         goto done;
     for (uint32_t first = 0; first < b->count; first += ENCODE_ROWS) {
         uint32_t rows = b->count - first < ENCODE_ROWS ? b->count - first : ENCODE_ROWS;
         struct gather gather = {b, first, vectors};
 
         pool_for(b->pool, rows, 256, gather_range, &gather);
+        cells_builder_add(b->cells, vectors, rows);
         if (quantiser_encode(b->quantiser, vectors, rows, b->pool, codes, err) < 0 ||
             segment_writer_append(b->writer, codes, (uint64_t)rows * code_bytes, err) < 0 ||
             job_advance(b->job, rows, err) < 0)
             goto done;
     }
-    rc = segment_writer_end(b->writer, err);
+    if (segment_writer_end(b->writer, err) < 0)
+        goto done;
+    rc = write_cells(b, err);
 done:
     free(vectors);
     free(codes);
@@ -656,26 +714,57 @@ done:
     return rc;
 }
 
-/* ---- the whole ---- */
+/* ---- what the segment says of itself ---- */
 
 static int segment_id_make(const struct build *b, uint8_t id[DIGEST_BYTES], struct error *err)
 {
     const struct segment_build_params *p = &b->params;
-    char text[256];
+    char text[512];
     struct digest *digest = digest_new();
 
     if (!digest)
         return error_set(err, ERR_NOMEM, "no memory for the segment's id");
     snprintf(text, sizeof text,
-             "annd segment %u shard 0 rows %u dim %u element %u metric %u store %u code %u/%u "
-             "degree %u list %u alpha %a seed %" PRIu64 " originals %d",
+             "annd segment %u shard 0 rows %u dim %u element %u metric %u store %u code %u/%u/%u "
+             "degree %u list %u alpha %a seed %" PRIu64 " originals %d serve %" PRIu64
+             " queries %u",
              FORMAT_VERSION, b->count, b->dim, (unsigned)b->element, (unsigned)p->metric,
-             (unsigned)b->store, (unsigned)p->code, p->code_bytes, p->max_degree, p->build_list,
-             (double)p->alpha, p->seed, p->keep_originals);
+             (unsigned)b->store, (unsigned)p->code, p->code_bytes, (unsigned)p->own_distortion,
+             p->max_degree, p->build_list, (double)p->alpha, p->seed, p->keep_originals,
+             p->serve_memory_bytes, p->calibrate_count);
     digest_update(digest, text, strlen(text));
+    if (p->calibrate_count)
+        digest_update(digest, p->calibrate_vectors,
+                      (uint64_t)p->calibrate_count * b->dim * sizeof *p->calibrate_vectors);
     digest_update(digest, b->input_digest, DIGEST_BYTES);
     digest_update(digest, b->rows->digest, DIGEST_BYTES);
     digest_finish(digest, id);
+    return 0;
+}
+
+/* What the choice of the code rests on, a sentence a trial. */
+static int trials_fill(const struct build *b, struct manifest *m, struct error *err)
+{
+    for (uint32_t i = 0; i < b->bake_off.count; i++) {
+        const struct code_trial *t = &b->bake_off.trials[i];
+        char name[32], text[256];
+
+        snprintf(name, sizeof name, "field.0.trial.%u", i);
+        if (t->verified_95 > 0)
+            snprintf(text, sizeof text,
+                     "%s of %u bytes%s: distortion %.4g; of %u rows, %.1f and %.1f looked at give "
+                     "0.95 and 0.99 of the ten nearest (%u queries)%s",
+                     code_kind_name(t->kind), t->code_bytes,
+                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion,
+                     b->bake_off.base_rows, (double)t->verified_95, (double)t->verified_99,
+                     b->bake_off.queries, t->chosen ? "; chosen" : "");
+        else
+            snprintf(text, sizeof text, "%s of %u bytes%s: distortion %.4g; as asked for",
+                     code_kind_name(t->kind), t->code_bytes,
+                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion);
+        if (manifest_set_text(m, name, text, err) < 0)
+            return -1;
+    }
     return 0;
 }
 
@@ -704,6 +793,9 @@ static int manifest_fill(struct build *b, struct error *err)
         {"field.0.zero_vectors", b->result->zero_vectors},
         {"field.0.edges", b->result->edges_kept},
         {"field.0.seed", b->params.seed},
+        {"field.0.cell_pages", b->cell_pages},
+        {"field.0.own_distortion", quantiser_has_own_distortion(b->quantiser)},
+        {"field.0.left_out_rows", b->layout.apart_count},
         {"field.count", 1},
         {"shard", 0},
         {"lsn.min", 0},
@@ -719,34 +811,249 @@ static int manifest_fill(struct build *b, struct error *err)
         manifest_set_bytes(m, "input.sha256", b->input_digest, DIGEST_BYTES, err) < 0 ||
         manifest_set_bytes(m, "rows.sha256", b->rows->digest, DIGEST_BYTES, err) < 0)
         return -1;
+    for (uint32_t i = 0; i < b->layout.tier_count; i++) {
+        char name[32];
+
+        snprintf(name, sizeof name, "field.0.tier.%u", i);
+        if (manifest_set_u64(m, name, b->layout.tier_ends[i], err) < 0)
+            return -1;
+    }
+    return trials_fill(b, m, err);
+}
+
+/* ---- order ---- */
+
+/* Rows that recall is calibrated with: one of each of equal stretches. They take no part in the
+ * order, see calibrate.h; there are none when the user brought queries, or where there are too few
+ * rows to spare. */
+static int choose_apart(struct build *b, struct error *err)
+{
+    uint32_t wanted = b->count / QUERY_SHARE < QUERIES_MAX ? b->count / QUERY_SHARE : QUERIES_MAX;
+    uint32_t capacity = b->format.capacity;
+    struct random random;
+
+    if (b->params.calibrate_count || wanted < QUERIES_MIN)
+        return 0;
+    wanted += (b->count - wanted) % capacity; /* the rest fills whole pages */
+    b->apart = malloc(wanted * sizeof *b->apart);
+    if (!b->apart)
+        return error_set(err, ERR_NOMEM, "no memory for %u rows to calibrate with", wanted);
+    random_init(&random, b->params.seed, 2);
+    for (uint32_t i = 0; i < wanted; i++) {
+        uint64_t begin = (uint64_t)i * b->count / wanted;
+        uint64_t end = (uint64_t)(i + 1) * b->count / wanted;
+
+        b->apart[i] = (uint32_t)(begin + random_below(&random, end - begin));
+    }
+    b->layout.apart = b->apart;
+    b->layout.apart_count = wanted;
     return 0;
+}
+
+static void tier_add(struct build *b, uint64_t rows)
+{
+    struct page_layout_params *layout = &b->layout;
+    uint32_t last = layout->tier_count ? layout->tier_ends[layout->tier_count - 1] : 0;
+
+    rows -= rows % layout->capacity;
+    if (rows < last + TIER_ROWS_MIN || rows + layout->apart_count + TIER_ROWS_MIN > b->count)
+        return;
+    layout->tier_ends[layout->tier_count++] = (uint32_t)rows;
+}
+
+/* With a memory to serve from, the one tier that fits it; else tiers for any. A tier costs the rows
+ * behind it some of their neighbours on the page, so a tier that no budget will hold is a loss. */
+static void choose_tiers(struct build *b)
+{
+    static const uint32_t percents[] = {5, 10, 20, 40};
+    uint32_t capacity = b->format.capacity;
+
+    if (b->params.serve_memory_bytes) {
+        uint64_t fixed = (uint64_t)b->count * quantiser_code_bytes(b->quantiser) +
+                         quantiser_memory_bytes(b->quantiser) + sizeof(struct disk_index) +
+                         sizeof(struct walk_calibration) +
+                         cells_memory_plan(b->count, b->cell_pages * capacity, b->dim);
+
+        if (b->params.serve_memory_bytes > fixed)
+            tier_add(b, (b->params.serve_memory_bytes - fixed) / b->format.page_bytes * capacity);
+        return;
+    }
+    for (uint32_t i = 0; i < sizeof percents / sizeof percents[0]; i++)
+        tier_add(b, (uint64_t)b->count * percents[i] / 100);
 }
 
 static int build_order(struct build *b, struct error *err)
 {
+    b->cell_pages = (CELL_ROWS + b->format.capacity / 2) / b->format.capacity;
+    if (b->cell_pages < 1)
+        b->cell_pages = 1;
+    b->layout.capacity = b->format.capacity;
+    b->layout.seed = b->params.seed;
+    b->layout.refine_rounds = REFINE_ROUNDS;
     b->order = malloc((uint64_t)b->count * sizeof *b->order);
     b->positions = malloc((uint64_t)b->count * sizeof *b->positions);
     if (!b->order || !b->positions)
         return error_set(err, ERR_NOMEM, "no memory for the order of %u rows", b->count);
-    if (page_layout_order(&b->space, b->format.capacity, b->params.seed, b->pool, b->job, b->order,
-                          err) < 0)
+    if (choose_apart(b, err) < 0 ||
+        neighbour_lists_make(&b->space, b->graph, LIST_PLACES, b->pool, b->job, &b->lists, err) < 0)
         return -1;
+    b->layout.neighbours = &b->lists;
+    choose_tiers(b);
+    if (page_layout_order(&b->space, &b->layout, b->pool, b->job, b->order, err) < 0)
+        return -1;
+    neighbour_lists_release(&b->lists);
     for (uint32_t position = 0; position < b->count; position++)
         b->positions[b->order[position]] = position;
     return 0;
 }
 
-static int build_all(struct build *b, const char *folder, struct error *err)
+/* ---- graph ---- */
+
+/* What the graph is a function of: the space and vamana's parameters. */
+static int graph_key(const struct build *b, uint8_t key[DIGEST_BYTES], struct error *err)
+{
+    const struct segment_build_params *p = &b->params;
+    struct digest *digest = digest_new();
+    char text[160];
+
+    if (!digest)
+        return error_set(err, ERR_NOMEM, "no memory for the graph's key");
+    snprintf(text, sizeof text,
+             "annd graph 1 rows %u dim %u element %u metric %u degree %u list %u alpha %a seed "
+             "%" PRIu64,
+             b->count, b->dim, (unsigned)b->element, (unsigned)p->metric, p->max_degree,
+             p->build_list, (double)p->alpha, p->seed);
+    digest_update(digest, text, strlen(text));
+    digest_update(digest, b->input_digest, DIGEST_BYTES);
+    digest_finish(digest, key);
+    return 0;
+}
+
+static int build_graph(struct build *b, struct error *err)
 {
     const struct vamana_params vamana = {b->params.max_degree, b->params.build_list,
                                          b->params.alpha, b->params.seed};
+    const char *path = b->params.graph_path;
+    struct error found = ERROR_INIT;
+    uint8_t key[DIGEST_BYTES];
+
+    job_phase(b->job, "graph", b->count);
+    if (path) {
+        if (graph_key(b, key, err) < 0)
+            return -1;
+        if (graph_file_read(b->vfs, path, key, &b->graph, &found) == 0)
+            return 0;
+        /* Absent, or of another input or parameters: it is made anew. Damage is told. */
+        if (found.code != ERR_NOT_FOUND && found.code != ERR_INVALID) {
+            *err = found;
+            return -1;
+        }
+    }
+    if (vamana_build(&b->space, &vamana, b->pool, b->job, &b->graph, err) < 0)
+        return -1;
+    return path ? graph_file_write(b->vfs, path, b->graph, key, err) : 0;
+}
+
+/* ---- calibration ---- */
+
+static int write_calibration(struct build *b, const struct walk_calibration *calibration,
+                             struct error *err)
+{
+    uint8_t *bytes = NULL;
+    size_t count;
+    int rc = -1;
+
+    if (walk_calibration_encode(calibration, &bytes, &count, err) < 0)
+        return -1;
+    if (segment_writer_begin(b->writer, "f0.calibration", SECTION_STATS, FILE_BLOCK_BYTES, err) ==
+            0 &&
+        segment_writer_append(b->writer, bytes, count, err) == 0)
+        rc = segment_writer_end(b->writer, err);
+    free(bytes);
+    return rc;
+}
+
+/* Truth by row numbers to truth by positions, a query's own row left out. */
+static void truth_positions(const struct build *b, const struct truth *truth, uint32_t truth_k,
+                            uint32_t *out)
+{
+    for (uint32_t q = 0; q < truth->query_count; q++) {
+        const uint32_t *ids = truth->ids + (uint64_t)q * truth->k;
+        uint32_t kept = 0;
+
+        for (uint32_t i = 0; i < truth->k && kept < truth_k; i++)
+            if (!b->apart || ids[i] != b->apart[q])
+                out[(uint64_t)q * truth_k + kept++] = b->positions[ids[i]];
+    }
+}
+
+/* Measures on the files as they are to be published. */
+static int build_calibrate(struct build *b, struct error *err)
+{
+    uint32_t count = b->apart ? b->layout.apart_count : b->params.calibrate_count;
+    uint32_t truth_k = b->count - 1 < TRUTH_K ? b->count - 1 : TRUTH_K;
+    uint64_t row_bytes = element_bytes(b->element, b->dim);
+    struct walk_calibration *calibration = NULL;
+    struct segment *segment = NULL;
+    struct truth truth = {0};
+    float *vectors = NULL;
+    uint32_t *positions = NULL, *hidden = NULL;
+    uint8_t *row = NULL;
+    int rc = -1;
+
+    if (!count)
+        return 0;
+    calibration = calloc(1, sizeof *calibration);
+    positions = malloc((uint64_t)count * truth_k * sizeof *positions);
+    hidden = malloc(count * sizeof *hidden);
+    row = malloc(row_bytes);
+    vectors = malloc((uint64_t)count * b->dim * sizeof *vectors);
+    if (!calibration || !positions || !hidden || !row || !vectors) {
+        error_set(err, ERR_NOMEM, "no memory for the calibration");
+        goto done;
+    }
+    for (uint32_t i = 0; i < count && b->apart; i++) {
+        if (vector_source_read(b->source, b->apart[i], 1, row, err) < 0)
+            goto done;
+        to_float(row, b->element, b->dim, vectors + (uint64_t)i * b->dim);
+        hidden[i] = b->positions[b->apart[i]];
+    }
+    if (!b->apart)
+        memcpy(vectors, b->params.calibrate_vectors, (uint64_t)count * b->dim * sizeof *vectors);
+    if (flat_truth(b->source, vectors, count, b->apart ? truth_k + 1 : truth_k, b->params.metric,
+                   b->pool, b->job, &truth, err) < 0)
+        goto done;
+    truth_positions(b, &truth, truth_k, positions);
+    const struct calibrate_queries queries = {vectors, count, b->apart ? hidden : NULL, positions,
+                                              truth_k};
+
+    if (segment_writer_preview(b->writer, err) < 0 ||
+        segment_open(b->vfs, segment_writer_folder(b->writer), &segment, err) < 0 ||
+        calibrate_field(segment, 0, &queries, b->params.serve_memory_bytes, b->params.memory_bytes,
+                        b->pool, b->job, calibration, err) < 0)
+        goto done;
+    rc = write_calibration(b, calibration, err);
+done:
+    segment_close(segment);
+    truth_release(&truth);
+    free(calibration);
+    free(positions);
+    free(hidden);
+    free(row);
+    free(vectors);
+    return rc;
+}
+
+/* ---- the whole ---- */
+
+static int build_all(struct build *b, const char *folder, struct error *err)
+{
     uint8_t id[DIGEST_BYTES];
     char hex[2 * DIGEST_BYTES + 1], path[FILE_PATH_MAX];
 
     if (duplicates_refuse(b, err) < 0 || build_read(b, err) < 0 || build_train(b, err) < 0)
         return -1;
-    job_phase(b->job, "graph", b->count);
-    if (vamana_build(&b->space, &vamana, b->pool, b->job, &b->graph, err) < 0)
+    if (build_graph(b, err) < 0)
         return -1;
     job_phase(b->job, "order", 0);
     if (page_format_choose(&b->format, b->store, b->params.metric, b->dim, b->params.max_degree,
@@ -767,6 +1074,16 @@ static int build_all(struct build *b, const char *folder, struct error *err)
     if (b->rows->record && write_rows(b, err) < 0)
         return -1;
     if (write_keys(b, err) < 0 || manifest_fill(b, err) < 0)
+        return -1;
+    for (uint32_t i = 0; i < b->count; i++)
+        b->result->mean_degree += b->graph->degrees[i];
+    b->result->mean_degree /= b->count;
+    /* Calibration holds pages in memory instead. */
+    graph_free(b->graph);
+    b->graph = NULL;
+    free(b->space_data);
+    b->space_data = NULL;
+    if (build_calibrate(b, err) < 0)
         return -1;
     job_phase(b->job, "publish", 0);
     return segment_writer_publish(b->writer, err);
@@ -818,15 +1135,15 @@ int segment_build(struct vfs *vfs, const char *folder, const struct vector_sourc
     result->page_bytes = b.format.page_bytes;
     result->page_capacity = b.format.capacity;
     result->distortion = quantiser_distortion(b.quantiser);
-    for (uint32_t i = 0; i < b.count; i++)
-        result->mean_degree += b.graph->degrees[i];
-    result->mean_degree /= b.count;
     job_finish(job);
     rc = 0;
 done:
     free(sum);
     segment_writer_close(b.writer);
     quantiser_free(b.quantiser);
+    cells_builder_free(b.cells);
+    neighbour_lists_release(&b.lists);
+    free(b.apart);
     graph_free(b.graph);
     free(b.space_data);
     free(b.raw);

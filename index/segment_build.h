@@ -1,7 +1,8 @@
 /* segment_build: vectors, keys and attributes become one published segment.
  *
  * Phases: read (checked, digested, into the space the graph is built in), train (quantiser), graph
- * (vamana.h), order (page_layout.h), codes, pages, originals, rows, keys. The input is streamed in
+ * (vamana.h), order (page_layout.h), codes and cells, pages, originals, rows, keys, calibration
+ * (calibrate.h, on the files as they are to be published). The input is streamed in
  * blocks; what stays in memory is summed up by segment_build_plan() and refused up front when it
  * exceeds the grant. The bytes depend on input, parameters and seed alone, never on the number of
  * threads, the clock, or where things are. */
@@ -24,6 +25,7 @@
 struct segment_build_params {
     enum metric metric;
     enum code_kind code;
+    enum code_choice own_distortion;
     uint32_t code_bytes; /* 0: dim / 4 within 16..192, and no more than dim */
     uint32_t store;      /* enum vector_store, 0: f16 for floats, integers as they are */
     uint32_t max_degree; /* R */
@@ -31,7 +33,12 @@ struct segment_build_params {
     float alpha;
     uint64_t seed;
     bool keep_originals;
-    uint64_t memory_bytes; /* for the whole build; 0: no limit */
+    uint64_t memory_bytes;          /* for the whole build; 0: no limit */
+    uint64_t serve_memory_bytes;    /* what it will be searched with: one hot tier fits what that
+                                     * leaves beside the codes; 0: tiers of 5, 10, 20 and 40 % */
+    const char *graph_path;         /* graph_file.h: read when it fits, else written; NULL: none */
+    const float *calibrate_vectors; /* calibrate_count x dim, the user's queries; or NULL */
+    uint32_t calibrate_count;
 };
 
 /* The rows' keys and records, as the caller has them. */

@@ -242,8 +242,11 @@ static int make_schedule(struct build *build, uint32_t entry_point, struct error
         error_set(err, ERR_NOMEM, "graph build: no memory to order %u rows", count);
         goto done;
     }
-    if (page_layout_order(build->vectors, LOCALITY_ROWS, build->params->seed, build->pool,
-                          build->job, build->space_order, err) < 0)
+    const struct page_layout_params layout = {.capacity = LOCALITY_ROWS,
+                                              .seed = build->params->seed};
+
+    if (page_layout_order(build->vectors, &layout, build->pool, build->job, build->space_order,
+                          err) < 0)
         goto done;
 
     while (inserted < count) {

@@ -2,6 +2,7 @@
  * harm: a small answer on the HTTP thread again, which is one hop less, a large one on a worker, so
  * that the connections that share the HTTP thread do not wait for it. Rows are fetched and written
  * in batches: what an answer holds at a time is bounded, however many rows it has. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -199,6 +200,118 @@ static int write_rows(struct json_writer *writer, const struct entity_call *call
     return 0;
 }
 
+/* Below k hits the expected gain has no bound, and JSON no infinity. */
+static void write_figure(struct json_writer *writer, const char *key, float value)
+{
+    json_key(writer, key);
+    if (isfinite(value))
+        json_float(writer, value);
+    else
+        json_null(writer);
+}
+
+static void write_count(struct json_writer *writer, const char *key, uint64_t value)
+{
+    json_key(writer, key);
+    json_uint64(writer, value);
+}
+
+/* The rule of each segment; they differ with its calibration and its rows. */
+static void write_part(struct json_writer *writer, const struct search_part *part)
+{
+    const struct walk_rule *rule = &part->params.rule;
+
+    json_begin_object(writer);
+    write_count(writer, "rows", part->index->row_count);
+    write_figure(writer, "resident_share", (float)disk_index_resident_share(part->index));
+    json_key(writer, "calibrated");
+    json_bool(writer, part->calibrated);
+    json_key(writer, "given_by");
+    json_string(writer, part->effort.given_by);
+    json_key(writer, "rule");
+    json_begin_object(writer);
+    json_key(writer, "recall_target");
+    if (part->effort.recall_target > 0)
+        json_double(writer, part->effort.recall_target);
+    else
+        json_null(writer);
+    write_count(writer, "search_list", rule->search_list);
+    write_count(writer, "cells", rule->cells);
+    write_count(writer, "patience", rule->patience);
+    write_figure(writer, "gain", rule->gain);
+    json_end_object(writer);
+    json_key(writer, "reads_expected");
+    if (part->reads_expected > 0)
+        json_float(writer, part->reads_expected);
+    else
+        json_null(writer);
+    write_count(writer, "beam_width", part->params.beam_width);
+    if (part->params.reads_max > 0)
+        write_count(writer, "reads_max", part->params.reads_max);
+    json_end_object(writer);
+}
+
+static void write_query(struct json_writer *writer, const struct collection_search *search,
+                        uint32_t query)
+{
+    struct search_stats stats;
+    bool stopped[STOP_READS + 1];
+
+    collection_search_query(search, query, &stats, stopped);
+    json_begin_object(writer);
+    write_count(writer, "rounds", stats.rounds);
+    write_count(writer, "reads", stats.reads);
+    write_count(writer, "read_bytes", stats.read_bytes);
+    write_count(writer, "resident_hits", stats.resident_hits);
+    write_count(writer, "cells", stats.cells);
+    write_count(writer, "scanned", stats.scanned);
+    write_count(writer, "estimates", stats.estimates);
+    write_count(writer, "expanded", stats.expanded);
+    write_count(writer, "exact", stats.exact);
+    write_figure(writer, "gain", stats.gain);
+    json_key(writer, "stop");
+    json_begin_array(writer);
+    for (uint32_t s = STOP_GAIN; s <= STOP_READS; s++) {
+        if (stopped[s])
+            json_string(writer, search_stop_name((enum search_stop)s));
+    }
+    json_end_array(writer);
+    json_key(writer, "time_us");
+    json_begin_object(writer);
+    write_figure(writer, "prepare", stats.prepare_us);
+    write_figure(writer, "seed", stats.seed_us);
+    write_figure(writer, "score", stats.score_us);
+    write_figure(writer, "expand", stats.expand_us);
+    write_figure(writer, "exact", stats.exact_us);
+    json_end_object(writer);
+    write_figure(writer, "latency_us", stats.latency_us);
+    json_end_object(writer);
+}
+
+/* "explain":{"exact_scores":..,"segments":[..],"queries":[..]}: a key that the contract does not
+ * have, so only who asks gets it. */
+static void write_explain(struct json_writer *writer, const struct entity_call *call)
+{
+    const struct search_part *parts;
+    uint32_t part_count = collection_search_parts(call->running, &parts);
+
+    json_key(writer, "explain");
+    json_begin_object(writer);
+    json_key(writer, "exact_scores");
+    json_bool(writer, call->search.request.tuning.exact_scores);
+    json_key(writer, "segments");
+    json_begin_array(writer);
+    for (uint32_t i = 0; i < part_count; i++)
+        write_part(writer, &parts[i]);
+    json_end_array(writer);
+    json_key(writer, "queries");
+    json_begin_array(writer);
+    for (uint32_t i = 0; i < call->search.request.query_count; i++)
+        write_query(writer, call->running, i);
+    json_end_array(writer);
+    json_end_object(writer);
+}
+
 /* {"code":0,"cost":0,"data":[rows],"topks":[..]} */
 static void reply_rows(struct entity_call *call)
 {
@@ -226,6 +339,8 @@ static void reply_rows(struct entity_call *call)
             json_int64(&writer, call->counts[i]);
         json_end_array(&writer);
     }
+    if (call->is_search && call->search.request.tuning.explain)
+        write_explain(&writer, call);
     json_end_object(&writer);
     api_reply(call->exchange, &writer);
 }
@@ -328,6 +443,28 @@ static int sort_ties(struct entity_call *call, struct error *err)
     return 0;
 }
 
+static void count_search(const struct entity_call *call, const struct search_totals *totals)
+{
+    struct collection_metrics *metrics = &call->collection->metrics;
+    struct search_stats stats;
+    bool stopped[STOP_READS + 1];
+
+    atomic_fetch_add(&metrics->rounds, totals->rounds);
+    atomic_fetch_add(&metrics->reads, totals->reads);
+    atomic_fetch_add(&metrics->resident_hits, totals->resident_hits);
+    atomic_fetch_add(&metrics->scanned, totals->scanned);
+    atomic_fetch_add(&metrics->estimates, totals->estimates);
+    atomic_fetch_add(&metrics->exact, totals->exact);
+    for (uint32_t s = STOP_GAIN; s <= STOP_READS; s++)
+        atomic_fetch_add(&metrics->stops[s], totals->stops[s]);
+    for (uint32_t q = 0; q < call->search.request.query_count; q++) {
+        collection_search_query(call->running, q, &stats, stopped);
+        histogram_add_reads(&metrics->search_reads, stats.reads);
+    }
+    atomic_fetch_add(&metrics->queries, call->search.request.query_count);
+    atomic_fetch_add(&metrics->searches, 1);
+}
+
 static void search_finish(struct entity_call *call)
 {
     struct collection_metrics *metrics = &call->collection->metrics;
@@ -340,16 +477,15 @@ static void search_finish(struct entity_call *call)
                                  &totals, &err) < 0 ||
         (key && key->type == FIELD_VARCHAR && sort_ties(call, &err) < 0)) {
         atomic_fetch_add(&metrics->searches_failed, 1);
+        if (err.code == ERR_TIMEOUT)
+            atomic_fetch_add(&metrics->searches_expired, 1);
+        if (err.code == ERR_CANCELLED)
+            atomic_fetch_add(&metrics->searches_cancelled, 1);
         fail_error(call->exchange, &err);
         return;
     }
-    atomic_fetch_add(&metrics->rounds, totals.rounds);
-    atomic_fetch_add(&metrics->reads, totals.reads);
-    atomic_fetch_add(&metrics->resident_hits, totals.resident_hits);
-    atomic_fetch_add(&metrics->exact, totals.exact);
-    atomic_fetch_add(&metrics->queries, call->search.request.query_count);
-    atomic_fetch_add(&metrics->searches, 1);
-    histogram_add(&metrics->search_latency, http_now_us() - started_us);
+    count_search(call, &totals);
+    histogram_add_latency(&metrics->search_latency, http_now_us() - started_us);
     reply_rows(call);
 }
 
@@ -378,6 +514,21 @@ static void search_done(void *context)
     call->task.fn = search_on_worker;
     if (worker_submit(api_service(call->exchange)->workers, &call->task, &err) < 0)
         fail_error(call->exchange, &err);
+}
+
+/* Exact scores come from the vectors as they were given: those must still be there. */
+static int check_exact_scores(const struct index_directory *index, uint32_t field, const char *name,
+                              struct failure *failure)
+{
+    for (uint32_t i = 0; i < index->segment_count; i++) {
+        if (field < index->segments[i].field_count && index->segments[i].fields[field] &&
+            !disk_index_has_vectors(index->segments[i].fields[field]))
+            return failure_set(failure, FAILURE_INVALID_PARAMETER,
+                               "exact_scores: the original vectors of field %s were not kept when "
+                               "the collection was built: invalid parameter",
+                               name);
+    }
+    return 0;
 }
 
 /* The checks in the contract's order: body, required keys, consistency level, collection,
@@ -410,6 +561,8 @@ static int search_prepare(struct http_exchange *exchange, struct entity_call *ca
             call->metric = index->segments[i].fields[call->field]->metric;
     }
     if (request_check_metric(&request->tuning, call->metric, failure) < 0 ||
+        (request->tuning.exact_scores &&
+         check_exact_scores(index, call->field, field->name, failure) < 0) ||
         rest_read_queries(&call->search.data, field->type, field->dim, arena, request, failure) <
             0 ||
         request_check_window(request, failure) < 0 ||
@@ -417,6 +570,8 @@ static int search_prepare(struct http_exchange *exchange, struct entity_call *ca
         output_plan_make(index->schema, &request->output, false, arena, &call->plan, failure) < 0 ||
         request_check_supported(request, failure) < 0)
         return -1;
+    if (request->tuning.beam_width == 0)
+        request->tuning.beam_width = api_service(exchange)->beam_width;
     request->deadline_us = http_deadline_us(exchange);
     request->cancelled = http_cancelled(exchange);
     return 0;

@@ -426,6 +426,56 @@ static int params_uint32(const struct params *params, const char *name, uint32_t
     return 0;
 }
 
+/* A number or a string that holds one; stays as it is when absent. */
+static int params_fraction(const struct params *params, const char *name, double min, double max,
+                           double *out, struct failure *failure)
+{
+    const struct param *param = params_find(params, name);
+    struct json_span raw;
+    struct json_reader reader;
+    double value;
+    int shown;
+
+    if (!param)
+        return 0;
+    shown = (int)(param->raw.bytes > 64 ? 64 : param->raw.bytes);
+    raw = unquoted(param->raw);
+    json_reader_init(&reader, raw.at, raw.bytes, NULL);
+    if ((param->type != JSON_NUMBER && param->type != JSON_STRING) ||
+        json_read_double(&reader, &value, NULL) < 0 || json_read_end(&reader, NULL) < 0)
+        return failure_set(failure, FAILURE_INVALID_PARAMETER,
+                           "Type conflict in json: param '%s' (%.*s) should be a number: invalid "
+                           "parameter",
+                           name, shown, param->raw.at);
+    if (!(value >= min && value <= max))
+        return failure_set(failure, FAILURE_INVALID_PARAMETER,
+                           "Out of range in json: param '%s' (%.*s) should be in range [%g, %g]: "
+                           "invalid parameter",
+                           name, shown, param->raw.at, min, max);
+    *out = value;
+    return 0;
+}
+
+/* true or false, also in quotes. */
+static int params_bool(const struct params *params, const char *name, bool *out,
+                       struct failure *failure)
+{
+    const struct param *param = params_find(params, name);
+    struct json_span raw;
+
+    if (!param)
+        return 0;
+    raw = unquoted(param->raw);
+    if (json_span_is(raw, "true") || json_span_is(raw, "false")) {
+        *out = raw.at[0] == 't';
+        return 0;
+    }
+    return failure_set(failure, FAILURE_INVALID_PARAMETER,
+                       "Type conflict in json: param '%s' (%.*s) should be true or false: invalid "
+                       "parameter",
+                       name, (int)(param->raw.bytes > 64 ? 64 : param->raw.bytes), param->raw.at);
+}
+
 static int params_text(const struct params *params, const char *name, struct arena *arena,
                        const char **out, struct failure *failure)
 {
@@ -445,6 +495,7 @@ int rest_read_search_params(const struct rest_value *value, struct arena *arena,
                             struct search_tuning *out, struct failure *failure)
 {
     static const char *const ranges[] = {"radius", "range_filter"};
+    static const char *const efforts[] = {"search_list", "ef", "nprobe", "level"};
     struct params params;
     uint32_t beam_width = 0;
 
@@ -459,8 +510,20 @@ int rest_read_search_params(const struct rest_value *value, struct arena *arena,
         params_uint32(&params, "ef", 1, INT32_MAX, &out->ef, failure) < 0 ||
         params_uint32(&params, "nprobe", 1, 65536, &out->nprobe, failure) < 0 ||
         params_uint32(&params, "level", 1, 10, &out->level, failure) < 0 ||
-        params_uint32(&params, "beamwidth", 1, 128, &beam_width, failure) < 0)
+        params_uint32(&params, "beamwidth", 1, 128, &beam_width, failure) < 0 ||
+        params_uint32(&params, "reads_max", 1, INT32_MAX, &out->reads_max, failure) < 0 ||
+        params_fraction(&params, "recall_target", REQUEST_RECALL_MIN, REQUEST_RECALL_MAX,
+                        &out->recall_target, failure) < 0 ||
+        params_bool(&params, "exact_scores", &out->exact_scores, failure) < 0 ||
+        params_bool(&params, "explain", &out->explain, failure) < 0)
         return -1;
+    for (uint32_t i = 0; out->recall_target > 0 && i < COUNT(efforts); i++) {
+        if (params_find(&params, efforts[i]))
+            return failure_set(failure, FAILURE_INVALID_PARAMETER,
+                               "recall_target and %s both say how far to search, give one of them: "
+                               "invalid parameter",
+                               efforts[i]);
+    }
     out->beam_width = beam_width > REQUEST_BEAM_WIDTH_MAX ? REQUEST_BEAM_WIDTH_MAX : beam_width;
     for (uint32_t i = 0; i < COUNT(ranges); i++) {
         const struct param *param = params_find(&params, ranges[i]);

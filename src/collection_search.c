@@ -15,8 +15,8 @@ struct collection_search {
     const struct search_request *request;
     struct arena *arena;
     struct search_task *tasks; /* query-major */
-    uint32_t *segments;        /* that hold the field */
-    uint32_t segment_count;
+    struct search_part *parts; /* segments that hold the field */
+    uint32_t part_count;
     uint32_t task_count;
     uint32_t topk;
     pthread_mutex_t mutex; /* what follows */
@@ -68,6 +68,48 @@ static void task_done(struct search_task *task)
         done(context);
 }
 
+/* NULL: the segment has no rows of the field. */
+static const struct disk_index *segment_index(const struct index_directory *index, uint32_t segment,
+                                              uint32_t field)
+{
+    const struct disk_index *found = field < index->segments[segment].field_count
+                                         ? index->segments[segment].fields[field]
+                                         : NULL;
+
+    return found && found->row_count > 0 ? found : NULL;
+}
+
+/* Rows of one segment that may be asked for, and the rule that finds them. */
+static void part_make(struct search_part *part, uint32_t segment, const struct disk_index *index,
+                      const struct search_request *request, uint32_t topk, uint32_t part_count)
+{
+    const struct search_tuning *tuning = &request->tuning;
+    uint32_t reads_max = tuning->reads_max;
+    /* A segment has no more to give than its rows. */
+    uint32_t k = topk < index->row_count ? topk : index->row_count;
+
+    part->segment = segment;
+    part->index = index;
+    part->calibrated = index->calibration && index->calibration->curve_count > 0;
+    request_search_effort(tuning, k, part->calibrated, &part->effort);
+    part->params = (struct search_params){
+        .k = k,
+        .beam_width = tuning->beam_width ? tuning->beam_width : REQUEST_BEAM_WIDTH_DEFAULT,
+        .exact_scores = tuning->exact_scores,
+        .explain = tuning->explain,
+        .deadline_us = request->deadline_us,
+        .cancelled = request->cancelled,
+    };
+    if (reads_max > 0)
+        part->params.reads_max = reads_max > part_count ? reads_max / part_count : 1;
+    if (part->effort.recall_target > 0)
+        walk_rule_for_recall(index->calibration, part->effort.recall_target, k,
+                             disk_index_resident_share(index), &part->params.rule,
+                             &part->reads_expected);
+    else
+        walk_rule_for_list(index->calibration, part->effort.search_list, k, &part->params.rule);
+}
+
 int collection_search_start(struct search_engine *engine, const struct index_directory *index,
                             uint32_t field, const struct search_request *request,
                             struct arena *arena, void (*done)(void *context), void *context,
@@ -75,7 +117,7 @@ int collection_search_start(struct search_engine *engine, const struct index_dir
 {
     struct collection_search *search = arena_alloc(arena, sizeof *search);
     uint32_t topk = (uint32_t)(request->limit + request->offset);
-    uint32_t list = request_search_list(&request->tuning, topk);
+    uint32_t part_count = 0;
     uint64_t task_count;
     bool started;
 
@@ -90,15 +132,19 @@ int collection_search_start(struct search_engine *engine, const struct index_dir
         .done = done,
         .context = context,
     };
-    search->segments = arena_alloc(arena, (index->segment_count + 1ull) * sizeof *search->segments);
-    if (!search->segments)
+    for (uint32_t i = 0; i < index->segment_count; i++)
+        part_count += segment_index(index, i, field) != NULL;
+    search->parts = arena_alloc(arena, (part_count + 1ull) * sizeof *search->parts);
+    if (!search->parts)
         goto nomem;
     for (uint32_t i = 0; i < index->segment_count; i++) {
-        if (field < index->segments[i].field_count && index->segments[i].fields[field] &&
-            index->segments[i].fields[field]->row_count > 0)
-            search->segments[search->segment_count++] = i;
+        const struct disk_index *part_index = segment_index(index, i, field);
+
+        if (part_index)
+            part_make(&search->parts[search->part_count++], i, part_index, request, topk,
+                      part_count);
     }
-    task_count = (uint64_t)request->query_count * search->segment_count;
+    task_count = (uint64_t)request->query_count * part_count;
     if (task_count > UINT32_MAX)
         goto nomem;
     search->task_count = (uint32_t)task_count;
@@ -106,21 +152,13 @@ int collection_search_start(struct search_engine *engine, const struct index_dir
     if (!search->tasks)
         goto nomem;
     for (uint32_t i = 0; i < search->task_count; i++) {
-        uint32_t part = search->segments[i % search->segment_count];
-        const struct disk_index *part_index = index->segments[part].fields[field];
+        const struct search_part *part = &search->parts[i % part_count];
         struct search_task *task = &search->tasks[i];
-        /* A segment has no more to give than its rows. */
-        uint32_t k = topk < part_index->row_count ? topk : part_index->row_count;
 
-        task->index = part_index;
-        task->query = request->queries[i / search->segment_count];
-        task->params.k = k;
-        task->params.search_list = list;
-        task->params.beam_width =
-            request->tuning.beam_width ? request->tuning.beam_width : REQUEST_BEAM_WIDTH_DEFAULT;
-        task->params.deadline_us = request->deadline_us;
-        task->params.cancelled = request->cancelled;
-        task->hits = arena_alloc(arena, (size_t)k * sizeof *task->hits);
+        task->index = part->index;
+        task->query = request->queries[i / part_count];
+        task->params = part->params;
+        task->hits = arena_alloc(arena, (size_t)part->params.k * sizeof *task->hits);
         task->done = task_done;
         task->context = search;
         if (!task->hits)
@@ -185,12 +223,12 @@ int collection_search_finish(struct collection_search *search, struct result_row
         uint32_t first = written;
         uint32_t found;
 
-        for (uint32_t s = 0; s < search->segment_count; s++) {
-            const struct search_task *task = &search->tasks[q * search->segment_count + s];
+        for (uint32_t s = 0; s < search->part_count; s++) {
+            const struct search_task *task = &search->tasks[q * search->part_count + s];
 
             for (uint32_t h = 0; h < task->hit_count; h++) {
                 out[written++] = (struct result_row){
-                    .segment = search->segments[s],
+                    .segment = search->parts[s].segment,
                     .position = task->hits[h].position,
                     .key = task->hits[h].key,
                     .distance = task->hits[h].distance,
@@ -199,10 +237,14 @@ int collection_search_finish(struct collection_search *search, struct result_row
             totals->rounds += task->stats.rounds;
             totals->reads += task->stats.reads;
             totals->resident_hits += task->stats.resident_hits;
+            totals->scanned += task->stats.scanned;
+            totals->estimates += task->stats.estimates;
             totals->exact += task->stats.exact;
+            if (task->stats.stop <= STOP_READS)
+                totals->stops[task->stats.stop]++;
         }
         found = written - first;
-        if (search->segment_count > 1)
+        if (search->part_count > 1)
             qsort(out + first, found, sizeof *out, compare_rows);
         if (found > search->topk)
             found = search->topk;
@@ -214,4 +256,43 @@ int collection_search_finish(struct collection_search *search, struct result_row
     *rows = out;
     *row_count = written;
     return 0;
+}
+
+uint32_t collection_search_parts(const struct collection_search *search,
+                                 const struct search_part **parts)
+{
+    *parts = search->parts;
+    return search->part_count;
+}
+
+void collection_search_query(const struct collection_search *search, uint32_t query,
+                             struct search_stats *stats, bool stopped[STOP_READS + 1])
+{
+    memset(stats, 0, sizeof *stats);
+    memset(stopped, 0, (STOP_READS + 1) * sizeof *stopped);
+    for (uint32_t s = 0; s < search->part_count; s++) {
+        const struct search_stats *one = &search->tasks[query * search->part_count + s].stats;
+
+        if (one->rounds > stats->rounds)
+            stats->rounds = one->rounds;
+        if (one->latency_us > stats->latency_us)
+            stats->latency_us = one->latency_us;
+        stats->reads += one->reads;
+        stats->resident_hits += one->resident_hits;
+        stats->expanded += one->expanded;
+        stats->cells += one->cells;
+        stats->scanned += one->scanned;
+        stats->estimates += one->estimates;
+        stats->exact += one->exact;
+        stats->read_bytes += one->read_bytes;
+        stats->gain += one->gain;
+        stats->prepare_us += one->prepare_us;
+        stats->seed_us += one->seed_us;
+        stats->score_us += one->score_us;
+        stats->expand_us += one->expand_us;
+        stats->exact_us += one->exact_us;
+        stats->stop = s == 0 || one->stop == stats->stop ? one->stop : STOP_NONE;
+        if (one->stop <= STOP_READS)
+            stopped[one->stop] = true;
+    }
 }

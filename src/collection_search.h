@@ -2,7 +2,10 @@
  *
  * Every (query, segment) pair is a task of the search engine; a bounded number of them is in the
  * engine at a time, so that a request of thousands of queries leaves room for others. Results of a
- * query's segments are merged best first, ties by key. */
+ * query's segments are merged best first, ties by key.
+ *
+ * A recall target holds for each segment by its own calibration, hence for the merged rows too:
+ * those of the true nearest rows that lie in a segment are among its own nearest. */
 #ifndef ANND_SRC_COLLECTION_SEARCH_H
 #define ANND_SRC_COLLECTION_SEARCH_H
 
@@ -23,7 +26,20 @@ struct search_totals {
     uint64_t rounds;
     uint64_t reads;
     uint64_t resident_hits;
+    uint64_t scanned;
+    uint64_t estimates;
     uint64_t exact;
+    uint64_t stops[STOP_READS + 1]; /* walks, by enum search_stop */
+};
+
+/* How one segment is searched: the same for all queries of a request. */
+struct search_part {
+    uint32_t segment;
+    const struct disk_index *index;
+    struct search_effort effort;
+    struct search_params params; /* of its tasks */
+    float reads_expected;        /* by its calibration; 0: unknown */
+    bool calibrated;
 };
 
 struct collection_search;
@@ -40,5 +56,14 @@ int collection_search_start(struct search_engine *engine, const struct index_dir
 int collection_search_finish(struct collection_search *search, struct result_row **rows,
                              uint32_t *row_count, uint32_t **counts, struct search_totals *totals,
                              struct error *err);
+
+/* After a finish that succeeded. The segments that were searched: */
+uint32_t collection_search_parts(const struct collection_search *search,
+                                 const struct search_part **parts);
+/* What one query took: its segments added up, but for rounds and latency_us, which run side by side
+ * and give the greatest. stopped[s] tells whether some segment's walk ended by s; stats->stop is
+ * STOP_NONE when they differ. */
+void collection_search_query(const struct collection_search *search, uint32_t query,
+                             struct search_stats *stats, bool stopped[STOP_READS + 1]);
 
 #endif

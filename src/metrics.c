@@ -12,16 +12,34 @@
 #define ANND_VERSION "0.1.0"
 #endif
 
-void histogram_add(struct histogram *histogram, uint64_t latency_us)
+/* Reads of a query: closest where most queries are. */
+static const uint32_t read_bounds[METRICS_BUCKET_COUNT] = {
+    0, 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 4096};
+
+static void histogram_add(struct histogram *histogram, uint32_t bucket, uint64_t value)
+{
+    if (bucket < METRICS_BUCKET_COUNT)
+        atomic_fetch_add(&histogram->buckets[bucket], 1);
+    atomic_fetch_add(&histogram->count, 1);
+    atomic_fetch_add(&histogram->sum, value);
+}
+
+void histogram_add_latency(struct histogram *histogram, uint64_t latency_us)
 {
     uint32_t bucket = 0;
 
     while (bucket < METRICS_BUCKET_COUNT && latency_us > (UINT64_C(1000) << bucket))
         bucket++;
-    if (bucket < METRICS_BUCKET_COUNT)
-        atomic_fetch_add(&histogram->buckets[bucket], 1);
-    atomic_fetch_add(&histogram->count, 1);
-    atomic_fetch_add(&histogram->sum_us, latency_us);
+    histogram_add(histogram, bucket, latency_us);
+}
+
+void histogram_add_reads(struct histogram *histogram, uint64_t reads)
+{
+    uint32_t bucket = 0;
+
+    while (bucket < METRICS_BUCKET_COUNT && reads > read_bounds[bucket])
+        bucket++;
+    histogram_add(histogram, bucket, reads);
 }
 
 static void head(FILE *out, const char *name, const char *type, const char *help)
@@ -38,14 +56,16 @@ static void single(FILE *out, const char *name, const char *type, const char *he
 struct per_collection {
     const char *name;
     const char *labels; /* before db_name and collection_name */
-    const char *help;
-    size_t offset; /* of the counter */
+    const char *help;   /* NULL: the name continues */
+    size_t offset;      /* of the counter */
 };
 
-/* Collection names are identifiers: no label needs escapes. */
+/* Collection names are identifiers: no label needs escapes. Rows of one name with different labels
+ * stand together and share the first one's help. */
 static void collections(FILE *out, const struct service *service, const struct per_collection *m)
 {
-    head(out, m->name, "counter", m->help);
+    if (m->help)
+        head(out, m->name, "counter", m->help);
     for (uint32_t i = 0; i < service->collection_count; i++) {
         const struct collection *c = &service->collections[i];
         const _Atomic uint64_t *counter =
@@ -56,36 +76,39 @@ static void collections(FILE *out, const struct service *service, const struct p
     }
 }
 
-static void latencies(FILE *out, const struct service *service)
+static void histogram_write(FILE *out, const char *name, const char *labels,
+                            const struct collection *c, const struct histogram *h,
+                            const uint32_t *bounds, double sum_scale)
 {
-    const char *name = "milvus_proxy_sq_latency";
+    uint64_t below = 0;
 
-    head(out, name, "histogram", "milliseconds from the request's headers to its answer");
-    for (uint32_t i = 0; i < service->collection_count; i++) {
-        const struct collection *c = &service->collections[i];
-        const struct histogram *h = &c->metrics.search_latency;
-        uint64_t sum = 0;
-
-        for (uint32_t b = 0; b < METRICS_BUCKET_COUNT; b++) {
-            sum += atomic_load(&h->buckets[b]);
-            fprintf(out,
-                    "%s_bucket{node_id=\"1\",query_type=\"search\",db_name=\"%s\","
-                    "collection_name=\"%s\",le=\"%u\"} %" PRIu64 "\n",
-                    name, c->database, c->name, 1u << b, sum);
-        }
-        fprintf(out,
-                "%s_bucket{node_id=\"1\",query_type=\"search\",db_name=\"%s\","
-                "collection_name=\"%s\",le=\"+Inf\"} %" PRIu64 "\n",
-                name, c->database, c->name, atomic_load(&h->count));
-        fprintf(out,
-                "%s_sum{node_id=\"1\",query_type=\"search\",db_name=\"%s\","
-                "collection_name=\"%s\"} %.3f\n",
-                name, c->database, c->name, (double)atomic_load(&h->sum_us) / 1000);
-        fprintf(out,
-                "%s_count{node_id=\"1\",query_type=\"search\",db_name=\"%s\","
-                "collection_name=\"%s\"} %" PRIu64 "\n",
-                name, c->database, c->name, atomic_load(&h->count));
+    for (uint32_t b = 0; b < METRICS_BUCKET_COUNT; b++) {
+        below += atomic_load(&h->buckets[b]);
+        fprintf(out, "%s_bucket{%sdb_name=\"%s\",collection_name=\"%s\",le=\"%u\"} %" PRIu64 "\n",
+                name, labels, c->database, c->name, bounds ? bounds[b] : 1u << b, below);
     }
+    fprintf(out, "%s_bucket{%sdb_name=\"%s\",collection_name=\"%s\",le=\"+Inf\"} %" PRIu64 "\n",
+            name, labels, c->database, c->name, atomic_load(&h->count));
+    fprintf(out, "%s_sum{%sdb_name=\"%s\",collection_name=\"%s\"} %.3f\n", name, labels,
+            c->database, c->name, (double)atomic_load(&h->sum) * sum_scale);
+    fprintf(out, "%s_count{%sdb_name=\"%s\",collection_name=\"%s\"} %" PRIu64 "\n", name, labels,
+            c->database, c->name, atomic_load(&h->count));
+}
+
+static void histograms(FILE *out, const struct service *service)
+{
+    const char *latency = "milvus_proxy_sq_latency";
+    const char *reads = "annd_search_reads_per_query";
+
+    head(out, latency, "histogram", "milliseconds from the request's headers to its answer");
+    for (uint32_t i = 0; i < service->collection_count; i++)
+        histogram_write(out, latency, "node_id=\"1\",query_type=\"search\",",
+                        &service->collections[i], &service->collections[i].metrics.search_latency,
+                        NULL, 1e-3);
+    head(out, reads, "histogram", "4 KiB reads of one query vector, all segments");
+    for (uint32_t i = 0; i < service->collection_count; i++)
+        histogram_write(out, reads, "", &service->collections[i],
+                        &service->collections[i].metrics.search_reads, read_bounds, 1);
 }
 
 static void entities(FILE *out, const struct service *service)
@@ -141,11 +164,21 @@ char *metrics_write(const struct service *service, struct http_server *http, siz
          AT(queries)},
         {"annd_searches_total", "", "searches answered", AT(searches)},
         {"annd_searches_failed_total", "", "searches refused or failed", AT(searches_failed)},
+        {"annd_searches_expired_total", "", "of the failed ones, at their deadline",
+         AT(searches_expired)},
+        {"annd_searches_cancelled_total", "", "of the failed ones, because the client left",
+         AT(searches_cancelled)},
         {"annd_gets_total", "", "gets answered", AT(gets)},
         {"annd_search_rounds_total", "", "dependent read steps", AT(rounds)},
         {"annd_search_reads_total", "", "4 KiB reads", AT(reads)},
         {"annd_search_resident_pages_total", "", "pages taken from memory", AT(resident_hits)},
+        {"annd_search_codes_scanned_total", "", "codes estimated in scanned cells", AT(scanned)},
+        {"annd_search_estimates_total", "", "codes estimated as neighbours", AT(estimates)},
         {"annd_search_distances_total", "", "stored vectors scored", AT(exact)},
+        {"annd_search_stops_total", "reason=\"gain\",",
+         "walks ended, one a query and segment, by what ended them", AT(stops[STOP_GAIN])},
+        {"annd_search_stops_total", "reason=\"list\",", NULL, AT(stops[STOP_LIST])},
+        {"annd_search_stops_total", "reason=\"reads\",", NULL, AT(stops[STOP_READS])},
     };
 #undef AT
     char *text = NULL;
@@ -171,7 +204,7 @@ char *metrics_write(const struct service *service, struct http_server *http, siz
     entities(out, service);
     for (size_t i = 0; i < sizeof counters / sizeof counters[0]; i++)
         collections(out, service, &counters[i]);
-    latencies(out, service);
+    histograms(out, service);
     transport(out, http);
     if (fclose(out) != 0) {
         free(text);

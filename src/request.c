@@ -231,24 +231,41 @@ int request_check_metric(const struct search_tuning *tuning, enum metric metric,
                        metric_name(metric), tuning->metric_type);
 }
 
-uint32_t request_search_list(const struct search_tuning *tuning, uint32_t topk)
+void request_search_effort(const struct search_tuning *tuning, uint32_t topk, bool calibrated,
+                           struct search_effort *out)
 {
+    static const double levels[] = {0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995};
+    uint32_t level_max = sizeof levels / sizeof levels[0];
     uint64_t list;
 
-    if (tuning->search_list)
+    *out = (struct search_effort){.given_by = "default"};
+    if (tuning->recall_target > 0) {
+        out->given_by = "recall_target";
+        out->recall_target = tuning->recall_target;
+        return;
+    }
+    if (tuning->search_list) {
+        out->given_by = "search_list";
         list = tuning->search_list;
-    else if (tuning->ef)
+    } else if (tuning->ef) {
+        out->given_by = "ef";
         list = tuning->ef;
-    else if (tuning->nprobe)
+    } else if (tuning->nprobe) {
+        out->given_by = "nprobe";
         list = 4 * (uint64_t)tuning->nprobe;
-    else if (tuning->level)
-        list =
-            topk * (1 + (uint64_t)tuning->level) > 64 ? topk * (1 + (uint64_t)tuning->level) : 64;
-    else
+    } else if (tuning->level) {
+        out->given_by = "level";
+        out->recall_target = levels[(tuning->level < level_max ? tuning->level : level_max) - 1];
+        return;
+    } else if (calibrated) {
+        out->recall_target = REQUEST_RECALL_DEFAULT;
+        return;
+    } else {
         list = 2 * (uint64_t)topk > 100 ? 2 * (uint64_t)topk : 100;
+    }
     if (list < topk)
         list = topk;
-    return list > SEARCH_LIST_MAX ? SEARCH_LIST_MAX : (uint32_t)list;
+    out->search_list = list > SEARCH_LIST_MAX ? SEARCH_LIST_MAX : (uint32_t)list;
 }
 
 static void plan_field(const struct schema *schema, const struct schema_field *field,

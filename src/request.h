@@ -19,8 +19,11 @@
 #define REQUEST_QUERY_MAX 16384     /* query vectors in one search */
 #define REQUEST_RESULTS_MAX 1000000 /* query vectors x (offset + limit) */
 #define REQUEST_LIMIT_DEFAULT 100
-#define REQUEST_BEAM_WIDTH_DEFAULT 4 /* reads in flight of one query */
+#define REQUEST_BEAM_WIDTH_DEFAULT 2 /* reads in flight of one query */
 #define REQUEST_BEAM_WIDTH_MAX 16
+#define REQUEST_RECALL_DEFAULT 0.97 /* of a field with a calibration, when nothing is asked */
+#define REQUEST_RECALL_MIN 0.5
+#define REQUEST_RECALL_MAX 0.9999
 #define REQUEST_NAMES_MAX 1024 /* outputFields, partitionNames */
 #define REQUEST_ANSWER_BYTES_MAX ((size_t)64 << 20)
 #define REQUEST_DATABASE_DEFAULT "default"
@@ -82,11 +85,15 @@ struct name_list {
 
 /* searchParams after reading: 0 means not given. */
 struct search_tuning {
+    double recall_target; /* excludes the next four */
     uint32_t search_list;
     uint32_t ef;
     uint32_t nprobe;
     uint32_t level;
     uint32_t beam_width;
+    uint32_t reads_max;      /* pages a query may read */
+    bool exact_scores;       /* from the original vectors */
+    bool explain;            /* the answer tells what the search did */
     const char *metric_type; /* NULL: not given */
     const char *range;       /* name of a range parameter that was given, or NULL */
     const char *group_by;    /* or NULL */
@@ -143,8 +150,20 @@ int request_vector_field(const struct schema *schema, const char *anns_field, ui
 /* metric_type against the index's metric. */
 int request_check_metric(const struct search_tuning *tuning, enum metric metric,
                          struct failure *failure);
-/* Candidates to keep for `topk` results, contract 18.3. */
-uint32_t request_search_list(const struct search_tuning *tuning, uint32_t topk);
+
+/* How far a search goes: to a recall, or to the end of a list. */
+struct search_effort {
+    const char *given_by; /* the parameter's name, or "default" */
+    double recall_target; /* 0: a list decides */
+    uint32_t search_list; /* 0: the recall target decides */
+};
+
+/* The effort for `topk` results. recall_target as it is; `level` 1..10 stands for rising targets
+ * from 0.90 to 0.995; search_list, ef and nprobe for lists, in this order (contract 18.3), cut to
+ * topk..SEARCH_LIST_MAX. With none of them REQUEST_RECALL_DEFAULT where the field has a calibration
+ * that can tell what it takes, else a list of max(100, 2 topk). */
+void request_search_effort(const struct search_tuning *tuning, uint32_t topk, bool calibrated,
+                           struct search_effort *out);
 
 /* What a row of an answer shows. The key always; `fields` are schema fields by their place. */
 struct output_plan {

@@ -113,15 +113,16 @@ static void say_started(const struct server_options *options, const struct servi
         rows += service->collections[i].index ? service->collections[i].index->row_count : 0;
     if (service->damaged_count > 0)
         snprintf(damaged, sizeof damaged, " (%u damaged)", service->damaged_count);
-    log_info("annd %s serves %s on http://%s%s%s: io %s%s%s%s, kernels %s, %u search threads, "
-             "%u collections%s, %llu rows, %llu of %llu MiB memory",
-             ANND_VERSION, options->data, http_server_address(http), metrics ? ", metrics on " : "",
-             metrics ? metrics : "", reader_backend_name(service->backend),
-             probe_reason[0] ? " (" : "", probe_reason, probe_reason[0] ? ")" : "",
-             distance_kernels_best()->name, search_engine_threads(service->engine),
-             service->collection_count, damaged, (unsigned long long)rows,
-             (unsigned long long)(service->memory_used >> 20),
-             (unsigned long long)(service->memory_bytes >> 20));
+    log_info(
+        "annd %s serves %s on http://%s%s%s: io %s%s%s%s, kernels %s, %u search threads for %s, "
+        "%u collections%s, %llu rows, %llu of %llu MiB memory",
+        ANND_VERSION, options->data, http_server_address(http), metrics ? ", metrics on " : "",
+        metrics ? metrics : "", reader_backend_name(service->backend), probe_reason[0] ? " (" : "",
+        probe_reason, probe_reason[0] ? ")" : "", distance_kernels_best()->name,
+        search_engine_threads(service->engine), options->prefer_latency ? "latency" : "throughput",
+        service->collection_count, damaged, (unsigned long long)rows,
+        (unsigned long long)(service->memory_used >> 20),
+        (unsigned long long)(service->memory_bytes >> 20));
 }
 
 int server_run(const struct server_options *options, struct error *err)
@@ -132,6 +133,7 @@ int server_run(const struct server_options *options, struct error *err)
         .data = options->data,
         .memory_bytes = options->memory_bytes,
         .threads = options->threads,
+        .prefer_latency = options->prefer_latency,
         .backend = options->backend,
     };
     char metrics_default[80];

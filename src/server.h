@@ -17,8 +17,9 @@ struct server_options {
     const char *metrics_listen; /* "ADDR:PORT" or "off"; NULL: the same address, port 9091 */
     uint64_t memory_bytes;      /* 0: half of what there is */
     enum reader_backend backend;
-    uint32_t threads; /* of search; 0: one per CPU */
-    bool insecure;    /* may listen where others can reach it */
+    uint32_t threads;    /* of search; 0: one per CPU */
+    bool prefer_latency; /* of single searches, at the cost of how many are done a second */
+    bool insecure;       /* may listen where others can reach it */
 };
 
 /* Serves until SIGTERM or SIGINT, then drains for up to 30 s and returns 0; a second signal ends

@@ -23,6 +23,11 @@
 #define ENGINE_BYTES_MIN (8 * MEBIBYTE)
 #define ENGINE_BYTES_MAX (256 * MEBIBYTE)
 #define SLOTS_MAX 16u
+/* Outstanding over all threads, and of a query: the drive answers soonest when few wait, and most
+ * when many do; a query of more reads at a time waits less often and wastes some of them. */
+#define THROUGHPUT_READS_IN_FLIGHT 128u
+#define LATENCY_READS_IN_FLIGHT 32u
+#define LATENCY_BEAM_WIDTH 4u
 #define READER_DEPTH 128u
 #define WORKER_THREADS 2u
 #define WORKER_QUEUE_MAX 1024u
@@ -162,21 +167,6 @@ static int open_collections(struct service *service, uint64_t budget, struct err
     return 0;
 }
 
-static void widest(const struct disk_index *index, struct search_engine_options *options)
-{
-    uint64_t table = quantiser_table_floats(index->quantiser);
-    uint64_t scratch = quantiser_scratch_floats(index->quantiser);
-
-    if (index->dim > options->dim_max)
-        options->dim_max = index->dim;
-    if (index->format.page_bytes > options->page_bytes_max)
-        options->page_bytes_max = index->format.page_bytes;
-    if (table > options->table_floats_max)
-        options->table_floats_max = table;
-    if (scratch > options->scratch_floats_max)
-        options->scratch_floats_max = scratch;
-}
-
 /* As many queries at a time as the memory that is left allows. */
 static int open_engine(struct service *service, const struct service_options *options,
                        struct error *err)
@@ -184,15 +174,18 @@ static int open_engine(struct service *service, const struct service_options *op
     struct search_engine_options wanted = {
         .threads = options->threads ? options->threads : cpu_count(),
         .slots_per_thread = SLOTS_MAX,
-        .beam_width = REQUEST_BEAM_WIDTH_MAX,
-        .search_list_max = SEARCH_LIST_MAX,
-        .k_max = REQUEST_WINDOW_MAX,
-        .dim_max = 2,
-        .page_bytes_max = FILE_BLOCK_BYTES,
+        .reads_in_flight =
+            options->prefer_latency ? LATENCY_READS_IN_FLIGHT : THROUGHPUT_READS_IN_FLIGHT,
+        .limits =
+            {
+                .search_list_max = SEARCH_LIST_MAX,
+                .cells_max = DISK_SEARCH_CELLS_MAX,
+                .k_max = REQUEST_WINDOW_MAX,
+                .beam_width = REQUEST_BEAM_WIDTH_MAX,
+            },
         .backend = options->backend,
     };
     uint64_t left = service->memory_bytes - service->memory_used;
-    struct disk_search_limits limits;
     uint64_t slot_bytes;
 
     for (uint32_t i = 0; i < service->collection_count; i++) {
@@ -200,19 +193,15 @@ static int open_engine(struct service *service, const struct service_options *op
 
         for (uint32_t s = 0; index && s < index->segment_count; s++) {
             for (uint32_t f = 0; f < index->segments[s].field_count; f++)
-                widest(index->segments[s].fields[f], &wanted);
+                disk_search_limits_raise(&wanted.limits, index->segments[s].fields[f]);
         }
     }
-    limits = (struct disk_search_limits){
-        .search_list_max = wanted.search_list_max,
-        .k_max = wanted.k_max,
-        .beam_width = wanted.beam_width,
-        .dim_max = wanted.dim_max,
-        .page_bytes_max = wanted.page_bytes_max,
-        .table_floats_max = wanted.table_floats_max,
-        .scratch_floats_max = wanted.scratch_floats_max,
-    };
-    slot_bytes = disk_search_memory_bytes(&limits);
+    /* A directory without a sound collection is served too. */
+    if (wanted.limits.dim_max == 0) {
+        wanted.limits.dim_max = 1;
+        wanted.limits.buffer_bytes_max = FILE_BLOCK_BYTES;
+    }
+    slot_bytes = disk_search_memory_bytes(&wanted.limits);
     if (left > ENGINE_BYTES_MAX)
         left = ENGINE_BYTES_MAX;
     while (wanted.slots_per_thread > 1 &&
@@ -232,6 +221,7 @@ static int open_engine(struct service *service, const struct service_options *op
         return -1;
     service->memory_used += search_engine_memory_bytes(service->engine);
     service->backend = search_engine_backend(service->engine);
+    service->beam_width = options->prefer_latency ? LATENCY_BEAM_WIDTH : REQUEST_BEAM_WIDTH_DEFAULT;
     return 0;
 }
 

@@ -22,6 +22,7 @@ struct service_options {
     const char *data;
     uint64_t memory_bytes; /* 0: half of what this machine or its cgroup has */
     uint32_t threads;      /* search threads; 0: one per CPU */
+    bool prefer_latency;   /* fewer reads outstanding over all, more of them a query */
     enum reader_backend backend;
 };
 
@@ -57,6 +58,7 @@ struct service {
     uint64_t memory_bytes; /* the budget */
     uint64_t memory_used;  /* indexes and engine */
     uint64_t started_us;
+    uint32_t beam_width; /* of searches that ask for none */
 };
 
 /* ERR_NOT_FOUND, ERR_BUSY when another server has the directory, ERR_BUDGET when what must be

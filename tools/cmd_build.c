@@ -10,7 +10,9 @@
 #include "index/segment_build.h"
 #include "storage/file.h"
 #include "tools/commands.h"
+#include "tools/field_facts.h"
 #include "tools/progress.h"
+#include "tools/queries.h"
 #include "tools/row_input.h"
 
 static int store_of(const char *name)
@@ -19,6 +21,11 @@ static int store_of(const char *name)
            : !strcmp(name, "f16")  ? STORE_F16
            : !strcmp(name, "8bit") ? STORE_SQ8
                                    : 0;
+}
+
+static enum code_choice choice_of(const char *name)
+{
+    return !strcmp(name, "yes") ? CHOICE_YES : !strcmp(name, "no") ? CHOICE_NO : CHOICE_AUTO;
 }
 
 /* Memory of the machine, less a tenth for the rest of it. */
@@ -58,6 +65,55 @@ static void print_result(const char *output, const struct segment_build_result *
                metric == METRIC_COSINE ? " (their cosine similarity is 0 with everything)" : "");
 }
 
+/* A curve as one line: what was reached for each target, and at how many reads. */
+static void print_curve(const struct walk_curve *curve)
+{
+    if (curve->resident_share > 0)
+        printf("    k %u, %.3g %% of the pages in memory:", curve->k,
+               100 * (double)curve->resident_share);
+    else
+        printf("    k %u:", curve->k);
+    for (uint32_t i = 0; i < curve->point_count; i++)
+        printf("%s %.4g -> %.4f at %.1f reads", i ? "," : "", (double)curve->points[i].recall,
+               (double)curve->points[i].reached, (double)curve->points[i].reads);
+    printf("\n");
+}
+
+static void print_facts(const struct field_facts *facts, uint64_t row_count)
+{
+    if (facts->trial_count)
+        printf("  codes tried, on a sample:\n");
+    for (uint32_t i = 0; i < facts->trial_count; i++)
+        printf("    %s\n", facts->trials[i]);
+    if (facts->tier_count) {
+        printf("  pages of the rows that are asked for most come first, in tiers that end at");
+        for (uint32_t i = 0; i < facts->tier_count; i++)
+            printf("%s %.3g", i ? "," : "", 100 * (double)facts->tier_rows[i] / (double)row_count);
+        printf(" %% of the rows\n");
+    }
+    if (!facts->calibration || !facts->calibration->curve_count) {
+        printf("  no calibration: --recall goes by a rule of thumb\n");
+        return;
+    }
+    printf("  recall reached for each target, with %u %s:\n", facts->calibration->query_count,
+           facts->calibration->own_queries ? "queries of yours"
+                                           : "rows that the layout did not know");
+    for (uint32_t i = 0; i < facts->calibration->curve_count; i++)
+        print_curve(&facts->calibration->curves[i]);
+}
+
+/* What the segment tells of itself, before it is published. */
+static int facts_of(const char *folder, const char *name, struct segment **segment,
+                    struct field_facts *facts, struct error *err)
+{
+    char path[FILE_PATH_MAX];
+
+    if (file_path_join(path, folder, name, err) < 0 ||
+        segment_open(vfs_posix(), path, segment, err) < 0)
+        return -1;
+    return field_facts_read(*segment, 0, facts, err);
+}
+
 static int build_into(const struct arguments *arguments, const char *folder,
                       const struct vector_source *source, struct segment_build_params *params,
                       struct pool *pool, struct job *job, struct segment_build_result *result,
@@ -90,13 +146,39 @@ done:
     return rc;
 }
 
+/* The user's own queries to calibrate with; they are part of what the build holds in memory. */
+static int calibrate_read(const char *path, const struct vector_source *source,
+                          struct queries *queries, struct segment_build_params *params,
+                          struct error *err)
+{
+    if (queries_read(path, 0, queries, err) < 0)
+        return -1;
+    if (queries->dim != vector_source_dim(source))
+        return error_set(err, ERR_INVALID, "%s has %u dimensions, %s has %u", path, queries->dim,
+                         vector_source_name(source), vector_source_dim(source));
+    uint64_t bytes = (uint64_t)queries->count * queries->dim * sizeof *queries->vectors;
+
+    if (params->memory_bytes <= bytes)
+        return error_set(
+            err, ERR_BUDGET, "the queries of %s take %llu MiB, --memory grants %llu MiB", path,
+            (unsigned long long)bytes >> 20, (unsigned long long)params->memory_bytes >> 20);
+    params->memory_bytes -= bytes;
+    params->calibrate_vectors = queries->vectors;
+    params->calibrate_count = queries->count;
+    return 0;
+}
+
 static int run(const struct arguments *arguments, struct error *err)
 {
     const char *input = arguments->positional[0], *output = option_text(arguments, "output");
+    const char *query_path = option_text(arguments, "calibrate");
     char clean[FILE_PATH_MAX], folder[FILE_PATH_MAX], parent[FILE_PATH_MAX];
     struct segment_build_params params = {.alpha = 1.2f, .keep_originals = true};
     struct segment_build_result result;
     struct vector_source *source = NULL;
+    struct queries queries = {0};
+    struct segment *segment = NULL;
+    struct field_facts facts = {0};
     struct pool *pool = NULL;
     struct job *job = NULL;
     bool made = false;
@@ -123,13 +205,17 @@ static int run(const struct arguments *arguments, struct error *err)
     params.build_list = option_u32(arguments, "build-list");
     params.seed = option_u64(arguments, "seed");
     params.keep_originals = !option_flag(arguments, "no-originals");
+    params.own_distortion = choice_of(option_text(arguments, "own-distortion"));
+    params.serve_memory_bytes = option_u64(arguments, "serve-memory");
+    params.graph_path = option_text(arguments, "graph");
     params.memory_bytes = option_u64(arguments, "memory");
     if (!params.memory_bytes)
         params.memory_bytes = memory_default();
     if (metric_parse(option_text(arguments, "metric"), &params.metric, err) < 0 ||
         code_kind_parse(option_text(arguments, "code"), &params.code, err) < 0 ||
         vector_source_open(vfs_posix(), input, &source, err) < 0 ||
-        pool_new(option_u32(arguments, "threads"), &pool, err) < 0)
+        pool_new(option_u32(arguments, "threads"), &pool, err) < 0 ||
+        (query_path && calibrate_read(query_path, source, &queries, &params, err) < 0))
         goto done;
 
     /* Refusals that need no work come first. */
@@ -156,6 +242,7 @@ static int run(const struct arguments *arguments, struct error *err)
         goto done;
     made = true;
     if (build_into(arguments, folder, source, &params, pool, job, &result, err) < 0 ||
+        facts_of(folder, result.name, &segment, &facts, err) < 0 ||
         file_dirsync(vfs_posix(), folder, err) < 0 ||
         file_rename(vfs_posix(), folder, clean, err) < 0 ||
         file_dirsync(vfs_posix(), parent, err) < 0)
@@ -163,9 +250,13 @@ static int run(const struct arguments *arguments, struct error *err)
     made = false;
     print_result(clean, &result, vector_source_dim(source), vector_source_type(source),
                  params.metric);
+    print_facts(&facts, result.row_count);
     rc = 0;
 done:
     progress_end(job);
+    field_facts_release(&facts);
+    segment_close(segment);
+    queries_release(&queries);
     if (made)
         file_remove_all(vfs_posix(), folder, NULL);
     vector_source_close(source);
@@ -183,7 +274,10 @@ static const struct option options[] = {
     {"key-field", OPTION_TEXT, "NAME", NULL, NULL, "name of the key, by default id", 0, 0},
     {"vector-field", OPTION_TEXT, "NAME", NULL, NULL, "name of the vector, by default vector", 0,
      0},
-    {"code", OPTION_TEXT, "KIND", "auto", "auto|pq|opq|scalar", "codes kept in memory", 0, 0},
+    {"code", OPTION_TEXT, "KIND", "auto", "auto|pq|opq|scalar",
+     "codes kept in memory; auto tries all", 0, 0},
+    {"own-distortion", OPTION_TEXT, "WHETHER", "auto", "auto|yes|no",
+     "a byte of each code says how far off it is; auto tries both", 0, 0},
     {"code-bytes", OPTION_NUMBER, "N", NULL, NULL,
      "bytes of codes a row, by default dim/4 within 16..192", 1, 32767},
     {"store", OPTION_TEXT, "FORM", "auto", "auto|f32|f16|8bit",
@@ -192,6 +286,14 @@ static const struct option options[] = {
      "do not keep the original floats: vectors cannot be given back", 0, 0},
     {"max-degree", OPTION_NUMBER, "R", "64", NULL, "edges a node at most", 4, 256},
     {"build-list", OPTION_NUMBER, "L", "100", NULL, "candidates per insertion", 4, 4096},
+    {"serve-memory", OPTION_SIZE, "SIZE", NULL, NULL,
+     "memory it will be searched with: the rows asked for most that fit into it get the first "
+     "pages",
+     1, UINT64_MAX},
+    {"calibrate", OPTION_TEXT, "FILE", NULL, NULL,
+     "queries like those to come, to measure what --recall takes; by default rows are used", 0, 0},
+    {"graph", OPTION_TEXT, "FILE", NULL, NULL,
+     "take the graph from FILE if it is there and fits, else make it and keep it there", 0, 0},
     {"memory", OPTION_SIZE, "SIZE", NULL, NULL,
      "bound of the build, by default 90 % of the machine", 1, UINT64_MAX},
     {"threads", OPTION_NUMBER, "N", NULL, NULL, "worker threads, by default all cores", 1, 1024},
@@ -205,7 +307,8 @@ const struct command command_build = {
     .positional = "INPUT",
     .summary = "build an index from a vector file",
     .examples = "  annd build base.u8bin --output idx\n"
-                "  annd build base.fbin --metric cosine --attributes rows.jsonl --output idx\n",
+                "  annd build base.fbin --metric cosine --attributes rows.jsonl --output idx\n"
+                "  annd build base.fbin --serve-memory 2G --calibrate queries.fbin --output idx\n",
     .options = options,
     .run = run,
 };

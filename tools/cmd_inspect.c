@@ -1,8 +1,8 @@
 /* annd inspect: what a file or a directory of ours or of vectors holds.
  *
  * Every fact goes through report_*(), which prints it as a line or as a member of one JSON object,
- * so that the two forms cannot say different things. Of an index only manifests and file lengths
- * are read (and the header block of each section); its payload is for `annd check`. */
+ * so that the two forms cannot say different things. Of an index only manifests, calibrations and
+ * file lengths are read (and the header block of each section); the rest is for `annd check`. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -15,6 +15,7 @@
 #include "storage/base/json_writer.h"
 #include "storage/file.h"
 #include "tools/commands.h"
+#include "tools/field_facts.h"
 #include "tools/progress.h"
 #include "tools/vector_stats.h"
 
@@ -312,6 +313,120 @@ static int field_u64(const struct segment *segment, uint32_t field, const char *
     return manifest_get_u64_in(segment_manifest(segment), entry, 0, UINT32_MAX, value, err);
 }
 
+static void report_trials(struct report *report, const struct field_facts *facts)
+{
+    if (report->json) {
+        json_key(&report->writer, "code_trials");
+        json_begin_array(&report->writer);
+        for (uint32_t i = 0; i < facts->trial_count; i++)
+            json_string(&report->writer, facts->trials[i]);
+        json_end_array(&report->writer);
+        return;
+    }
+    for (uint32_t i = 0; i < facts->trial_count; i++) {
+        print_label(report, i ? "" : "codes_tried");
+        printf("%s\n", facts->trials[i]);
+    }
+}
+
+static void report_tiers(struct report *report, const struct field_facts *facts)
+{
+    if (report->json) {
+        json_key(&report->writer, "hot_tier_rows");
+        json_begin_array(&report->writer);
+        for (uint32_t i = 0; i < facts->tier_count; i++)
+            json_uint64(&report->writer, facts->tier_rows[i]);
+        json_end_array(&report->writer);
+        return;
+    }
+    print_label(report, "hot_tiers");
+    if (facts->tier_count) {
+        printf("end at row");
+        for (uint32_t i = 0; i < facts->tier_count; i++)
+            printf("%s %" PRIu64, i ? "," : "", facts->tier_rows[i]);
+        printf("\n");
+    } else {
+        printf("none\n");
+    }
+}
+
+static void report_curve(struct report *report, const struct walk_curve *curve)
+{
+    if (report->json) {
+        json_begin_object(&report->writer);
+        report_u64(report, "k", curve->k);
+        report_f64(report, "resident_share", (double)curve->resident_share);
+        json_key(&report->writer, "points");
+        json_begin_array(&report->writer);
+    } else {
+        printf("%*sk %u, %.4g %% of the pages in memory\n"
+               "%*s  recall  reached   reads    list  cells  patience      gain\n",
+               2 * report->depth, "", curve->k, 100 * (double)curve->resident_share,
+               2 * report->depth, "");
+    }
+    for (uint32_t i = 0; i < curve->point_count; i++) {
+        const struct walk_point *point = &curve->points[i];
+
+        if (!report->json) {
+            printf("%*s  %6.4g  %7.4f  %6.1f  %6u  %5u  %8u  %8.3g\n", 2 * report->depth, "",
+                   (double)point->recall, (double)point->reached, (double)point->reads,
+                   point->rule.search_list, point->rule.cells, point->rule.patience,
+                   (double)point->rule.gain);
+            continue;
+        }
+        json_begin_object(&report->writer);
+        json_key(&report->writer, "recall"); /* as it was asked for: 0.95, not its double */
+        json_float(&report->writer, point->recall);
+        json_key(&report->writer, "reached");
+        json_float(&report->writer, point->reached);
+        json_key(&report->writer, "reads");
+        json_float(&report->writer, point->reads);
+        report_u64(report, "search_list", point->rule.search_list);
+        report_u64(report, "cells", point->rule.cells);
+        report_u64(report, "patience", point->rule.patience);
+        json_key(&report->writer, "gain");
+        json_float(&report->writer, point->rule.gain);
+        json_end_object(&report->writer);
+    }
+    if (report->json) {
+        json_end_array(&report->writer);
+        json_end_object(&report->writer);
+    }
+}
+
+static void report_calibration(struct report *report, const struct walk_calibration *calibration)
+{
+    if (!calibration) {
+        if (report->json) {
+            json_key(&report->writer, "calibration");
+            json_null(&report->writer);
+        } else {
+            report_text(report, "calibration", "none: --recall goes by a rule of thumb");
+        }
+        return;
+    }
+    if (report->json) {
+        json_key(&report->writer, "calibration");
+        json_begin_object(&report->writer);
+        report_u64(report, "queries", calibration->query_count);
+        report_bool(report, "own_queries", calibration->own_queries);
+        json_key(&report->writer, "curves");
+        json_begin_array(&report->writer);
+    } else {
+        print_label(report, "calibration");
+        printf("with %u %s\n", calibration->query_count,
+               calibration->own_queries ? "queries of the user's" : "rows as queries");
+    }
+    report->depth++;
+    for (uint32_t i = 0; i < calibration->curve_count; i++)
+        report_curve(report, &calibration->curves[i]);
+    report->depth--;
+    if (report->json) {
+        json_end_array(&report->writer);
+        json_end_object(&report->writer);
+    }
+}
+
 /* schema may be NULL: a segment alone does not know its fields' names. */
 static int report_field(struct report *report, const struct segment *segment,
                         const struct schema *schema, uint32_t field, struct error *err)
@@ -320,6 +435,7 @@ static int report_field(struct report *report, const struct segment *segment,
     uint64_t dim, element, metric, store, kind, code_bytes, page_bytes, capacity, degree, exact,
         zeros;
     char originals[SECTION_NAME_MAX];
+    struct field_facts facts;
 
     if (field_u64(segment, field, "dim", &dim, err) < 0 ||
         field_u64(segment, field, "element", &element, err) < 0 ||
@@ -333,6 +449,10 @@ static int report_field(struct report *report, const struct segment *segment,
         field_u64(segment, field, "exact_pages", &exact, err) < 0 ||
         field_u64(segment, field, "zero_vectors", &zeros, err) < 0)
         return -1;
+    if (field_facts_read(segment, field, &facts, err) < 0) {
+        field_facts_release(&facts);
+        return -1;
+    }
     snprintf(originals, sizeof originals, "f%u.vectors", field);
     if (report->json) {
         json_begin_object(&report->writer);
@@ -355,9 +475,15 @@ static int report_field(struct report *report, const struct segment *segment,
     report_u64(report, "page_capacity", capacity);
     if (capacity)
         report_u64(report, "pages", (segment_row_count(segment) + capacity - 1) / capacity);
+    report_u64(report, "cells", facts.cell_count);
+    report_u64(report, "cell_pages", facts.cell_pages);
     report_u64(report, "max_degree", degree);
     report_u64(report, "zero_vectors", zeros);
+    report_trials(report, &facts);
+    report_tiers(report, &facts);
+    report_calibration(report, facts.calibration);
     report->depth--;
+    field_facts_release(&facts);
     if (report->json)
         json_end_object(&report->writer);
     return 0;

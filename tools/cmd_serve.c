@@ -45,6 +45,7 @@ static int run(const struct arguments *arguments, struct error *err)
         .metrics_listen = option_text(arguments, "metrics-listen"),
         .memory_bytes = option_u64(arguments, "memory"),
         .threads = option_u32(arguments, "threads"),
+        .prefer_latency = !strcmp(option_text(arguments, "prefer"), "latency"),
         .insecure = option_flag(arguments, "insecure"),
     };
     char reason[256];
@@ -80,6 +81,8 @@ static const struct option options[] = {
     {"memory", OPTION_SIZE, "SIZE", NULL, NULL,
      "bound of the server's memory, by default half of what there is", 0, 0},
     {"threads", OPTION_NUMBER, "N", NULL, NULL, "search threads, by default all cores", 1, 256},
+    {"prefer", OPTION_TEXT, "WHAT", "throughput", "latency|throughput",
+     "few reads outstanding and more of them a query, or as many as the drive serves", 0, 0},
     {"io", OPTION_TEXT, "HOW", "auto", "auto|uring|pread", "reader backend", 0, 0},
     {"insecure", OPTION_FLAG, NULL, NULL, NULL,
      "let other machines connect, without password or TLS", 0, 0},

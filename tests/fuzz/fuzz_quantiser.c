@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "index/code_scan.h"
 #include "index/quantiser.h"
 #include "storage/base/bytes.h"
 
@@ -30,28 +31,34 @@ static void require(int ok, const char *what)
 static void use(const struct quantiser *quantiser, const uint8_t *seed, size_t seed_bytes)
 {
     uint32_t dim = quantiser_dim(quantiser), code_bytes = quantiser_code_bytes(quantiser);
-    float *table = malloc(quantiser_table_floats(quantiser) * sizeof *table);
+    struct code_table table = {.entries =
+                                   aligned_alloc(64, 2 * quantiser_table_entries(quantiser))};
     float *scratch = malloc(quantiser_scratch_floats(quantiser) * sizeof *scratch);
-    float *vector = malloc(2 * dim * sizeof *vector), out[CODES];
+    float *vector = malloc(2 * dim * sizeof *vector);
+    uint16_t sums[CODES];
     uint8_t *codes = malloc((size_t)CODES * code_bytes);
     static const uint32_t rows[CODES] = {8, 0, 3, 3, 7, 1, 2, 6, 5};
     struct error err = ERROR_INIT;
 
-    require(table && scratch && vector && codes, "no memory");
+    require(table.entries && scratch && vector && codes, "no memory");
     for (size_t i = 0; i < (size_t)CODES * code_bytes; i++)
         codes[i] = (uint8_t)(seed[i % seed_bytes] + i * 29);
     for (uint32_t i = 0; i < 2 * dim; i++)
         vector[i] = (float)(int8_t)seed[(i + 7) % seed_bytes] / 16;
     for (int metric = METRIC_L2; metric <= METRIC_IP; metric++) {
-        quantiser_table(quantiser, (enum metric)metric, vector, scratch, table);
-        quantiser_estimate(quantiser, table, codes, rows, CODES, out);
+        quantiser_table(quantiser, (enum metric)metric, vector, scratch, &table);
+        require(isfinite(table.offset) && isfinite(table.step), "a table without end");
+        require(table.chunk_count <= code_bytes, "a table of more chunks than bytes");
+        code_scan_kernels_best()->rows(table.entries, table.chunk_count, codes, code_bytes, rows,
+                                       CODES, sums);
         /* The order of rows does not change an estimate. */
-        require(!memcmp(&out[2], &out[3], sizeof(float)), "one code, two estimates");
+        require(sums[2] == sums[3], "one code, two estimates");
     }
     require(quantiser_encode(quantiser, vector, 2, NULL, codes, &err) == 0, "encode");
     quantiser_decode(quantiser, codes, vector);
+    require(quantiser_code_distortion(quantiser, codes) >= 0, "less than no distortion");
     require(quantiser_memory_bytes(quantiser) > 0, "memory of nothing");
-    free(table);
+    free(table.entries);
     free(scratch);
     free(vector);
     free(codes);

@@ -27,6 +27,7 @@
 #define QUERIES 3u
 #define K 10u
 #define LIST 40u
+#define CELLS 4u
 #define FILES_MAX 16u
 #define RECORD_BYTES_ALL (64u * ROWS)
 /* Of sections larger than this, only each READ_STEP-th flip is also searched with; all are checked.
@@ -147,7 +148,9 @@ static void build_to_memory(void)
                                           .build_list = 32,
                                           .alpha = 1.2f,
                                           .seed = 1,
-                                          .keep_originals = true};
+                                          .keep_originals = true,
+                                          .calibrate_vectors = queries,
+                                          .calibrate_count = QUERIES};
     char folder[64], path[FILE_PATH_MAX], **names;
     const char *tmp = getenv("TMPDIR"), *segment_name;
     struct segment_build_rows rows = {.int64_keys = key_data, .record = record_of_row};
@@ -221,7 +224,8 @@ struct answers {
  */
 static int search(const struct disk_index *index, struct search_hit *hits, struct error *err)
 {
-    const struct search_params params = {.k = K, .search_list = LIST, .beam_width = 4};
+    const struct search_params params = {
+        .k = K, .rule = {.search_list = LIST, .cells = CELLS}, .beam_width = 4};
     struct error ignored = ERROR_INIT;
 
     for (uint32_t q = 0; q < QUERIES; q++) {
@@ -395,15 +399,10 @@ static int group_setup(void **state)
     if (index_directory_open(&memory, WHERE, 0, true, &directory, &err) < 0)
         fail_msg("%s", err.message);
     const struct disk_index *index = directory->segments[0].fields[0];
-    const struct disk_search_limits limits = {
-        .search_list_max = LIST,
-        .k_max = K,
-        .beam_width = 4,
-        .dim_max = DIM,
-        .page_bytes_max = index->format.page_bytes,
-        .table_floats_max = quantiser_table_floats(index->quantiser),
-        .scratch_floats_max = quantiser_scratch_floats(index->quantiser)};
+    struct disk_search_limits limits = {
+        .search_list_max = LIST, .cells_max = CELLS, .k_max = K, .beam_width = 4};
 
+    disk_search_limits_raise(&limits, index);
     assert_non_null(directory->segments[0].rows);
     assert_non_null(index->originals);
     if (disk_search_new(&limits, &searcher, &err) < 0 ||

@@ -523,93 +523,6 @@ static void test_conversions_agree_with_scalar_at_every_length_and_alignment(voi
     }
 }
 
-/* The documented order, written out. */
-static float adc_reference(const float *table, uint32_t term_count, uint32_t bits,
-                           const uint8_t *row)
-{
-    float s[4] = {0};
-
-    for (uint32_t c = 0; c < term_count; c++) {
-        uint32_t code = bits == 8 ? row[c] : (uint32_t)row[c / 2] >> (c % 2 * 4) & 15;
-        s[c % 4] += table[((size_t)c << bits) + code];
-    }
-    return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
-static void check_adc(struct random *random, uint32_t bits, uint32_t term_count, uint32_t count)
-{
-    uint32_t row_count = 1 + (uint32_t)random_below(random, 40);
-    uint32_t row_bytes = bits == 8 ? term_count : (term_count + 1) / 2;
-    uint64_t stride = row_bytes + random_below(random, 20);
-    size_t table_count = (size_t)term_count << bits;
-    struct operand codes;
-    float *table = malloc(table_count > 0 ? table_count * sizeof(*table) : 1);
-    uint32_t *rows = malloc(count > 0 ? count * sizeof(*rows) : 1);
-    float *out = malloc(count > 0 ? count * sizeof(*out) : 1);
-
-    assert_non_null(table);
-    assert_non_null(rows);
-    assert_non_null(out);
-    /* The last row ends the block: the stride's padding after it does not exist. */
-    operand_init(&codes, (row_count - 1) * stride + row_bytes, (uint32_t)random_below(random, 64));
-    for (size_t i = 0; i < (row_count - 1) * stride + row_bytes; i++)
-        codes.data[i] = (uint8_t)random_u64(random);
-    for (size_t i = 0; i < table_count; i++)
-        table[i] = random_float(random) * 4 - 1;
-    for (uint32_t i = 0; i < count; i++)
-        rows[i] = (uint32_t)random_below(random, row_count);
-    for (int isa = ISA_SCALAR; isa < ISA_COUNT; isa++) {
-        const struct distance_kernels *kernels_of = distance_kernels_for((enum isa)isa);
-
-        if (!kernels_of)
-            continue;
-        memset(out, 0xff, count * sizeof(*out));
-        if (bits == 8)
-            kernels_of->adc_rows(table, term_count, codes.data, stride, rows, count, out);
-        else
-            kernels_of->adc4_rows(table, term_count, codes.data, stride, rows, count, out);
-        for (uint32_t i = 0; i < count; i++) {
-            float want = adc_reference(table, term_count, bits, codes.data + rows[i] * stride);
-
-            if (float_bits(out[i]) != float_bits(want))
-                fail_msg("adc %u bits of %s, %u terms, row %u of %u, seed %u: got %.9g, want %.9g",
-                         bits, kernels_of->name, term_count, i, count, SEED, (double)out[i],
-                         (double)want);
-        }
-    }
-    operand_release(&codes);
-    free(table);
-    free(rows);
-    free(out);
-}
-
-static void test_adc_rows_adds_in_the_documented_order_on_every_isa(void **state)
-{
-    struct random random;
-
-    (void)state;
-    random_init(&random, SEED, 6);
-    for (uint32_t chunk_count = 0; chunk_count <= 200; chunk_count++) {
-        check_adc(&random, 8, chunk_count, chunk_count % 50);
-        check_adc(&random, 8, chunk_count, (uint32_t)random_below(&random, 100));
-    }
-    check_adc(&random, 8, 1024, 37);
-}
-
-static void test_adc4_rows_adds_in_the_documented_order_on_every_isa(void **state)
-{
-    struct random random;
-
-    (void)state;
-    random_init(&random, SEED, 7);
-    for (uint32_t dim = 0; dim <= 400; dim++) {
-        check_adc(&random, 4, dim, dim % 50);
-        check_adc(&random, 4, dim, (uint32_t)random_below(&random, 100));
-    }
-    check_adc(&random, 4, DIM_MAX, 37);
-    check_adc(&random, 4, DIM_MAX - 1, 64);
-}
-
 static void test_element_bytes_counts_started_bytes_of_binary_vectors(void **state)
 {
     (void)state;
@@ -660,8 +573,6 @@ int main(void)
         cmocka_unit_test(test_every_half_becomes_its_float_and_comes_back),
         cmocka_unit_test(test_floats_round_to_the_nearest_half_and_ties_to_even),
         cmocka_unit_test(test_conversions_agree_with_scalar_at_every_length_and_alignment),
-        cmocka_unit_test(test_adc_rows_adds_in_the_documented_order_on_every_isa),
-        cmocka_unit_test(test_adc4_rows_adds_in_the_documented_order_on_every_isa),
         cmocka_unit_test(test_element_bytes_counts_started_bytes_of_binary_vectors),
         cmocka_unit_test(test_metric_parse_takes_any_case_and_names_the_choices),
     };

@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +27,7 @@
 #define K 5u
 #define QUERIES 4u
 #define LIST 30u
+#define CELLS 4u
 #define STRIDE 64u
 #define WHOLE_BYTES 256u /* from the start of every file: each byte */
 #define FLIPS_MIN 2000u
@@ -49,18 +51,18 @@ static struct search_engine *engine_of(const struct disk_index *index)
     struct error err = ERROR_INIT;
     struct search_engine *engine = NULL;
     /* Larger than the index asks for: a damaged size must be refused by the file's checks. */
-    const struct search_engine_options options = {
+    struct search_engine_options options = {
         .threads = 1,
         .slots_per_thread = 4,
-        .beam_width = 4,
-        .search_list_max = LIST,
-        .k_max = K,
-        .dim_max = index->dim * 2,
-        .page_bytes_max = index->format.page_bytes * 2,
-        .table_floats_max = 2 * quantiser_table_floats(index->quantiser),
-        .scratch_floats_max = 2 * quantiser_scratch_floats(index->quantiser),
+        .limits = {.search_list_max = LIST, .cells_max = CELLS, .k_max = K, .beam_width = 4},
         .backend = READER_PREAD};
 
+    disk_search_limits_raise(&options.limits, index);
+    options.limits.dim_max *= 2;
+    options.limits.buffer_bytes_max *= 2;
+    options.limits.table_entries_max *= 2;
+    options.limits.scratch_floats_max *= 2;
+    options.limits.cell_scratch_bytes_max *= 2;
     if (search_engine_open(&options, &engine, &err) < 0)
         fail_msg("%s", err.message);
     return engine;
@@ -111,10 +113,11 @@ static int look(const struct small_index *small, struct search_engine *engine, s
     assert_true(schema_bytes < sizeof view->schema);
     memcpy(view->schema, schema, schema_bytes);
     for (uint32_t q = 0; q < QUERIES; q++)
-        tasks[q] = (struct search_task){.index = directory->segments[0].fields[0],
-                                        .query = small->queries + (size_t)q * small->dim,
-                                        .params = {.k = K, .search_list = LIST},
-                                        .hits = view->hits + (size_t)q * K};
+        tasks[q] =
+            (struct search_task){.index = directory->segments[0].fields[0],
+                                 .query = small->queries + (size_t)q * small->dim,
+                                 .params = {.k = K, .rule = {.search_list = LIST, .cells = CELLS}},
+                                 .hits = view->hits + (size_t)q * K};
     if (search_engine_run(engine, tasks, QUERIES, err) < 0)
         goto done;
     for (uint32_t q = 0; q < QUERIES; q++) {
@@ -239,9 +242,14 @@ static void test_no_flip_of_an_index_with_integer_keys_goes_unseen(void **state)
 {
     struct small_options options = small_options_default(400, 16);
     struct small_index small;
+    float calibrate[3 * 16];
 
     (void)state;
     options.queries = QUERIES;
+    for (uint32_t i = 0; i < 3 * 16; i++)
+        calibrate[i] = sinf((float)i);
+    options.params.calibrate_vectors = calibrate; /* so that there is a calibration to damage */
+    options.params.calibrate_count = 3;
     options.params.max_degree = 16;
     options.params.build_list = 30;
     small_index_make(&options, &small);
@@ -302,9 +310,14 @@ static void test_no_flip_of_an_index_with_text_keys_and_records_goes_unseen(void
 {
     struct small_options options = small_options_default(400, 16);
     struct small_index small;
+    float calibrate[3 * 16];
 
     (void)state;
     options.queries = QUERIES;
+    for (uint32_t i = 0; i < 3 * 16; i++)
+        calibrate[i] = sinf((float)i);
+    options.params.calibrate_vectors = calibrate; /* so that there is a calibration to damage */
+    options.params.calibrate_count = 3;
     options.params.max_degree = 16;
     options.params.build_list = 30;
     options.params.metric = METRIC_COSINE;

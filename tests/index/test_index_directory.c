@@ -34,30 +34,25 @@ static struct index_directory *must_open(const char *path, uint64_t memory_bytes
 static void search(const struct index_directory *directory, const float *query,
                    struct search_hit hits[K], uint32_t from[K], uint32_t *resident_hits)
 {
-    const struct disk_index *index = directory->segments[0].fields[0];
-    const struct search_engine_options options = {
+    struct search_engine_options options = {
         .threads = 1,
         .slots_per_thread = 1,
-        .beam_width = 4,
-        .search_list_max = 80,
-        .k_max = K,
-        .dim_max = index->dim,
-        .page_bytes_max = index->format.page_bytes,
-        .table_floats_max = quantiser_table_floats(index->quantiser),
-        .scratch_floats_max = quantiser_scratch_floats(index->quantiser),
+        .limits = {.search_list_max = 80, .cells_max = 8, .k_max = K, .beam_width = 4},
         .backend = READER_PREAD};
     struct search_engine *engine;
     struct error err = ERROR_INIT;
     uint32_t count = 0;
 
     *resident_hits = 0;
+    for (uint32_t s = 0; s < directory->segment_count; s++)
+        disk_search_limits_raise(&options.limits, directory->segments[s].fields[0]);
     if (search_engine_open(&options, &engine, &err) < 0)
         fail_msg("%s", err.message);
     for (uint32_t s = 0; s < directory->segment_count; s++) {
         struct search_hit found[K];
         struct search_task task = {.index = directory->segments[s].fields[0],
                                    .query = query,
-                                   .params = {.k = K, .search_list = 80},
+                                   .params = {.k = K, .rule = {.search_list = 80, .cells = 8}},
                                    .hits = found};
 
         if (search_engine_run(engine, &task, 1, &err) < 0)

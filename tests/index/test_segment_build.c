@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "index/index_directory.h"
 #include "index/search_engine.h"
@@ -206,7 +208,9 @@ static void assert_folders_equal(const char *a, const char *b)
     file_names_free(others, other_count);
 }
 
-static void same_bytes(enum element_type element, enum metric metric, enum code_kind code)
+/* queries: of the user's, to calibrate with; 0 with rows to spare calibrates with rows. */
+static void same_bytes(enum element_type element, enum metric metric, enum code_kind code,
+                       uint32_t row_count, uint32_t dim, uint32_t queries)
 {
     static const uint32_t workers[] = {1, 2, 4};
     char folders[3][128], segment[256], first[256];
@@ -214,7 +218,15 @@ static void same_bytes(enum element_type element, enum metric metric, enum code_
     struct error err;
     struct fixture f;
 
-    fixture_make(&f, element, metric, ROWS_MAX, DIM_MAX);
+    float *calibrate = malloc((queries + 1ull) * dim * sizeof *calibrate);
+    struct random random;
+
+    random_init(&random, SEED, 7);
+    for (uint32_t i = 0; i < queries * dim; i++)
+        calibrate[i] = random_normal(&random);
+    fixture_make(&f, element, metric, row_count, dim);
+    f.params.calibrate_vectors = queries ? calibrate : NULL;
+    f.params.calibrate_count = queries;
     f.rows.record = record_of_row;
     f.rows.context = f.schema;
     f.params.code = code;
@@ -233,16 +245,377 @@ static void same_bytes(enum element_type element, enum metric metric, enum code_
         snprintf(first, sizeof first, "%s/%s", folders[0], name);
         snprintf(segment, sizeof segment, "%s/%s", folders[i], name);
         assert_folders_equal(first, segment);
+        snprintf(segment, sizeof segment, "%s/%s/f0.calibration", folders[i], name);
+        assert_int_equal(access(segment, F_OK) == 0, queries > 0 || row_count >= 5000);
     }
     fixture_remove(&f);
+    free(calibrate);
 }
 
 static void test_one_two_and_four_workers_make_the_same_bytes(void **state)
 {
     (void)state;
-    same_bytes(ELEMENT_F32, METRIC_COSINE, CODE_PQ);
-    same_bytes(ELEMENT_U8, METRIC_L2, CODE_PQ);
-    same_bytes(ELEMENT_F32, METRIC_IP, CODE_AUTO);
+    same_bytes(ELEMENT_F32, METRIC_COSINE, CODE_PQ, ROWS_MAX, DIM_MAX, 0);
+    same_bytes(ELEMENT_U8, METRIC_L2, CODE_PQ, ROWS_MAX, DIM_MAX, 0);
+    same_bytes(ELEMENT_F32, METRIC_IP, CODE_AUTO, ROWS_MAX, DIM_MAX, 0);
+}
+
+static void test_the_calibration_is_the_same_for_any_workers(void **state)
+{
+    (void)state;
+    same_bytes(ELEMENT_F32, METRIC_L2, CODE_PQ, 5300, 8, 0);
+    same_bytes(ELEMENT_U8, METRIC_COSINE, CODE_PQ, 5300, 8, 0);
+    same_bytes(ELEMENT_F32, METRIC_COSINE, CODE_PQ, ROWS_MAX, DIM_MAX, 40);
+}
+
+/* ---- tiers, rows left out, memory to serve from ---- */
+
+static struct segment *must_open(const struct fixture *f, const char *folder)
+{
+    struct segment *segment = NULL;
+    struct error err = ERROR_INIT;
+    char path[256];
+
+    snprintf(path, sizeof path, "%s/%s", folder, f->result.name);
+    if (segment_open(vfs_posix(), path, &segment, &err) < 0)
+        fail_msg("%s", err.message);
+    return segment;
+}
+
+static uint64_t number_of(const struct segment *segment, const char *name)
+{
+    struct error err = ERROR_INIT;
+    uint64_t value = 0;
+
+    if (manifest_get_u64(segment_manifest(segment), name, &value, &err) < 0)
+        fail_msg("%s", err.message);
+    return value;
+}
+
+static int compare_keys(const void *a, const void *b)
+{
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+static void test_hot_tiers_and_rows_left_out_stand_in_the_manifest(void **state)
+{
+    struct disk_index *index;
+    struct segment *segment;
+    struct reader *reader;
+    struct fixture f;
+    struct error err;
+
+    (void)state;
+    fixture_make(&f, ELEMENT_F32, METRIC_L2, 6000, 16);
+    workers_set(&f, 2);
+    if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    assert_sound(&f);
+    segment = must_open(&f, f.folder);
+    uint64_t left_out = number_of(segment, "field.0.left_out_rows");
+    uint64_t capacity = number_of(segment, "field.0.page_capacity");
+
+    /* One row in fifty, and what makes the rest whole pages. */
+    assert_true(left_out >= 120 && left_out < 120 + capacity);
+    assert_int_equal((6000 - left_out) % capacity, 0);
+    /* Of 5, 10, 20 and 40 % those that are 1,000 rows apart. */
+    assert_int_equal(number_of(segment, "field.0.tier.0"), 1200 - 1200 % capacity);
+    assert_int_equal(number_of(segment, "field.0.tier.1"), 2400 - 2400 % capacity);
+    assert_false(manifest_has(segment_manifest(segment), "field.0.tier.2"));
+    /* The last positions are theirs: one row of each of equal stretches. */
+    uint32_t positions[300];
+    int64_t keys[300];
+
+    for (uint32_t i = 0; i < left_out; i++)
+        positions[i] = (uint32_t)(6000 - left_out + i);
+    if (disk_index_open(segment, 0, 0, &index, &err) < 0 ||
+        reader_open(READER_PREAD, 64, &reader, &err) < 0 ||
+        disk_index_keys(index, reader, positions, (uint32_t)left_out, keys, &err) < 0)
+        fail_msg("%s", err.message);
+    qsort(keys, left_out, sizeof *keys, compare_keys);
+    for (uint64_t i = 0; i < left_out; i++) {
+        assert_true(keys[i] >= (int64_t)(i * 6000 / left_out));
+        assert_true(keys[i] < (int64_t)((i + 1) * 6000 / left_out));
+    }
+    assert_non_null(index->calibration);
+    assert_false(index->calibration->own_queries);
+    assert_int_equal(index->calibration->query_count, left_out);
+    reader_close(reader);
+    disk_index_close(index);
+    segment_close(segment);
+
+    /* With the user's queries there is no need for any. */
+    empty_folder(&f);
+    f.params.calibrate_vectors = f.data;
+    f.params.calibrate_count = 64;
+    if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    segment = must_open(&f, f.folder);
+    assert_int_equal(number_of(segment, "field.0.left_out_rows"), 0);
+    if (disk_index_open(segment, 0, 0, &index, &err) < 0)
+        fail_msg("%s", err.message);
+    assert_non_null(index->calibration);
+    assert_true(index->calibration->own_queries);
+    assert_int_equal(index->calibration->query_count, 64);
+    disk_index_close(index);
+    segment_close(segment);
+    fixture_remove(&f);
+}
+
+static void test_too_few_rows_to_spare_are_not_calibrated_with(void **state)
+{
+    struct disk_index *index;
+    struct segment *segment;
+    struct fixture f;
+    struct error err;
+
+    (void)state;
+    fixture_make(&f, ELEMENT_F32, METRIC_L2, 1500, 8);
+    if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    segment = must_open(&f, f.folder);
+    assert_int_equal(number_of(segment, "field.0.left_out_rows"), 0);
+    assert_false(manifest_has(segment_manifest(segment), "field.0.tier.0"));
+    assert_null(segment_find(segment, "f0.calibration"));
+    if (disk_index_open(segment, 0, 0, &index, &err) < 0)
+        fail_msg("%s", err.message);
+    assert_null(index->calibration);
+    disk_index_close(index);
+    segment_close(segment);
+    fixture_remove(&f);
+}
+
+static void test_memory_to_serve_from_holds_the_tier_made_for_it(void **state)
+{
+    struct disk_index *index;
+    struct segment *segment;
+    struct fixture f;
+    struct error err;
+    uint64_t least;
+
+    (void)state;
+    fixture_make(&f, ELEMENT_F32, METRIC_L2, 6000, 16);
+    workers_set(&f, 2);
+    if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    segment = must_open(&f, f.folder);
+    if (disk_index_memory_min(segment, 0, &least, &err) < 0)
+        fail_msg("%s", err.message);
+    uint64_t page_bytes = number_of(segment, "field.0.page_bytes");
+    uint64_t capacity = number_of(segment, "field.0.page_capacity");
+    uint64_t pages = (6000 + capacity - 1) / capacity;
+
+    segment_close(segment);
+    for (uint32_t percent = 20; percent <= 60; percent += 20) {
+        uint64_t wanted = pages * percent / 100;
+        bool measured = false;
+
+        empty_folder(&f);
+        f.params.serve_memory_bytes = least + wanted * page_bytes + 17;
+        if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+            fail_msg("%s", err.message);
+        segment = must_open(&f, f.folder);
+        if (disk_index_open(segment, 0, f.params.serve_memory_bytes, &index, &err) < 0)
+            fail_msg("%s", err.message);
+        assert_true(index->memory_bytes <= f.params.serve_memory_bytes);
+        assert_int_equal(index->resident_page_count, wanted);
+        assert_int_equal(number_of(segment, "field.0.tier.0"), wanted * capacity);
+        assert_false(manifest_has(segment_manifest(segment), "field.0.tier.1"));
+        /* And this share is one that was measured. */
+        for (uint32_t c = 0; c < index->calibration->curve_count; c++)
+            measured |= fabs((double)index->calibration->curves[c].resident_share -
+                             disk_index_resident_share(index)) < 0.005;
+        assert_true(measured);
+        disk_index_close(index);
+        segment_close(segment);
+    }
+    /* Less than the codes take: no tier fits, and the open says what is missing. */
+    empty_folder(&f);
+    f.params.serve_memory_bytes = least - 1;
+    if (build(&f, vfs_posix(), f.folder, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    segment = must_open(&f, f.folder);
+    assert_false(manifest_has(segment_manifest(segment), "field.0.tier.0"));
+    assert_int_equal(disk_index_open(segment, 0, f.params.serve_memory_bytes, &index, &err), -1);
+    assert_int_equal(err.code, ERR_BUDGET);
+    segment_close(segment);
+    fixture_remove(&f);
+}
+
+/* ---- a graph kept beside ---- */
+
+struct kept {
+    uint8_t *bytes;
+    size_t size;
+    ino_t inode;
+};
+
+static struct kept kept_read(const char *path)
+{
+    struct error err = ERROR_INIT;
+    struct kept kept = {0};
+    struct stat status;
+
+    assert_int_equal(stat(path, &status), 0);
+    kept.inode = status.st_ino;
+    if (file_read_whole(vfs_posix(), path, FILE_BYTES_MAX, &kept.bytes, &kept.size, &err) < 0)
+        fail_msg("%s", err.message);
+    return kept;
+}
+
+static bool kept_same_bytes(const struct kept *a, const struct kept *b)
+{
+    return a->size == b->size && memcmp(a->bytes, b->bytes, a->size) == 0;
+}
+
+/* Builds into a folder of its own; out is the segment's path. */
+static void build_beside(struct fixture *f, const char *folder, const char *graph, char out[256])
+{
+    struct error err = ERROR_INIT;
+    char path[128];
+
+    snprintf(path, sizeof path, "%s/%s", f->folder, folder);
+    if (file_mkdir(vfs_posix(), path, &err) < 0)
+        fail_msg("%s", err.message);
+    f->params.graph_path = graph;
+    if (build(f, vfs_posix(), path, NULL, &err) < 0)
+        fail_msg("%s", err.message);
+    snprintf(out, 256, "%s/%s", path, f->result.name);
+}
+
+static void test_a_graph_kept_beside_gives_the_same_segment(void **state)
+{
+    static const enum metric metrics[] = {METRIC_L2, METRIC_IP, METRIC_COSINE};
+
+    (void)state;
+    for (size_t m = 0; m < 3; m++) {
+        char graph[128], without[256], made[256], again[256], name[64];
+        struct fixture f;
+
+        fixture_make(&f, ELEMENT_F32, metrics[m], ROWS_MAX, DIM_MAX);
+        snprintf(graph, sizeof graph, "%s/kept.graph", f.folder);
+        build_beside(&f, "without", NULL, without);
+        snprintf(name, sizeof name, "%s", f.result.name);
+        build_beside(&f, "made", graph, made);
+        assert_string_equal(f.result.name, name);
+        struct kept first = kept_read(graph);
+        double mean_degree = f.result.mean_degree;
+
+        workers_set(&f, 4);
+        build_beside(&f, "again", graph, again);
+        assert_string_equal(f.result.name, name);
+        assert_true(f.result.mean_degree == mean_degree);
+        struct kept second = kept_read(graph);
+
+        assert_int_equal(first.inode, second.inode); /* read, not written anew */
+        assert_true(kept_same_bytes(&first, &second));
+        assert_folders_equal(without, made);
+        assert_folders_equal(without, again);
+        /* Other codes, the same graph. */
+        f.params.code_bytes = 6;
+        build_beside(&f, "coarser", graph, made);
+        build_beside(&f, "coarser-without", NULL, without);
+        assert_string_not_equal(f.result.name, name);
+        assert_folders_equal(without, made);
+        free(second.bytes);
+        second = kept_read(graph);
+        assert_int_equal(first.inode, second.inode);
+        assert_true(kept_same_bytes(&first, &second));
+        free(first.bytes);
+        free(second.bytes);
+        fixture_remove(&f);
+    }
+}
+
+static void test_a_graph_of_something_else_is_replaced(void **state)
+{
+    char graph[128], without[256], made[256], folder[32];
+    struct kept before, after;
+    struct fixture f;
+
+    (void)state;
+    fixture_make(&f, ELEMENT_F32, METRIC_L2, 600, 8);
+    snprintf(graph, sizeof graph, "%s/kept.graph", f.folder);
+    build_beside(&f, "first", graph, made);
+    before = kept_read(graph);
+    for (uint32_t change = 0; change < 6; change++) {
+        switch (change) {
+        case 0:
+            f.params.seed++;
+            break;
+        case 1:
+            f.params.max_degree += 2;
+            break;
+        case 2:
+            f.params.build_list += 8;
+            break;
+        case 3:
+            f.params.alpha = 1.3f;
+            break;
+        case 4:
+            f.params.metric = METRIC_COSINE;
+            break;
+        case 5: /* of the input, in one component */
+            ((float *)f.data)[4321] += 1;
+            source_open(&f);
+            break;
+        }
+        snprintf(folder, sizeof folder, "with-%u", change);
+        build_beside(&f, folder, graph, made);
+        snprintf(folder, sizeof folder, "without-%u", change);
+        build_beside(&f, folder, NULL, without);
+        assert_folders_equal(without, made);
+        after = kept_read(graph);
+        assert_false(kept_same_bytes(&before, &after));
+        free(before.bytes);
+        before = after;
+        /* And from now on it is this one's. */
+        snprintf(folder, sizeof folder, "again-%u", change);
+        build_beside(&f, folder, graph, made);
+        assert_folders_equal(without, made);
+        after = kept_read(graph);
+        assert_int_equal(before.inode, after.inode);
+        free(after.bytes);
+    }
+    free(before.bytes);
+    fixture_remove(&f);
+}
+
+static void test_a_damaged_graph_is_told_and_left(void **state)
+{
+    char graph[128], made[256], folder[128];
+    struct error err = ERROR_INIT;
+    struct kept before, after;
+    struct fixture f;
+
+    (void)state;
+    fixture_make(&f, ELEMENT_F32, METRIC_L2, 600, 8);
+    snprintf(graph, sizeof graph, "%s/kept.graph", f.folder);
+    build_beside(&f, "first", graph, made);
+    FILE *file = fopen(graph, "r+b");
+
+    assert_non_null(file);
+    assert_int_equal(fseek(file, 5000, SEEK_SET), 0);
+    int byte = fgetc(file);
+
+    assert_int_equal(fseek(file, 5000, SEEK_SET), 0);
+    assert_int_equal(fputc(byte ^ 4, file), byte ^ 4);
+    assert_int_equal(fclose(file), 0);
+    before = kept_read(graph);
+    snprintf(folder, sizeof folder, "%s/second", f.folder);
+    assert_int_equal(file_mkdir(vfs_posix(), folder, &err), 0);
+    assert_int_equal(build(&f, vfs_posix(), folder, NULL, &err), -1);
+    assert_int_equal(err.code, ERR_CORRUPT);
+    assert_non_null(strstr(err.message, "kept.graph"));
+    assert_folder_is_empty(folder, err.message);
+    after = kept_read(graph);
+    assert_int_equal(before.inode, after.inode);
+    assert_true(kept_same_bytes(&before, &after));
+    free(before.bytes);
+    free(after.bytes);
+    fixture_remove(&f);
 }
 
 static void test_seed_and_parameters_are_in_the_name(void **state)
@@ -346,8 +719,8 @@ static void test_parameters_out_of_range_are_refused(void **state)
     (void)state;
     fixture_make(&f, ELEMENT_F32, METRIC_L2, 300, 8);
     good = f.params;
-    f.params.code_bytes = 9;
-    assert_refused(&f, ERR_INVALID, "--code-bytes 9", "dimension 8");
+    f.params.code_bytes = 10; /* 9 are a byte a dimension and the distortion's */
+    assert_refused(&f, ERR_INVALID, "--code-bytes 10", "dimension 8");
     f.params = good;
     f.params.max_degree = 3;
     assert_refused(&f, ERR_INVALID, "--max-degree 3", "4..");
@@ -441,6 +814,8 @@ static void fixture_make_for_faults(struct fixture *f)
     f->params.build_list = 8;
     f->rows.record = record_of_row;
     f->rows.context = f->schema;
+    f->params.calibrate_vectors = f->data;
+    f->params.calibrate_count = 4;
 }
 
 static void test_any_call_that_fails_leaves_nothing_or_a_sound_segment(void **state)
@@ -550,6 +925,8 @@ static void test_a_cancelled_build_leaves_nothing(void **state)
     fixture_make(&f, ELEMENT_F32, METRIC_L2, 600, 8);
     f.rows.record = record_of_row;
     f.rows.context = f.schema;
+    f.params.calibrate_vectors = f.data;
+    f.params.calibrate_count = 4;
     for (at = 1; at < 1000; at++) {
         struct canceller c = {.at = at};
         struct error err;
@@ -590,20 +967,17 @@ static void search_all(struct fixture *f, uint32_t k, struct search_hit *hits)
     if (index_directory_open(vfs_posix(), f->folder, 0, false, &directory, &err) < 0)
         fail_msg("%s", err.message);
     const struct disk_index *index = directory->segments[0].fields[0];
-    const struct search_engine_options options = {
+    struct search_engine_options options = {
         .threads = 1,
         .slots_per_thread = 1,
-        .beam_width = 4,
-        .search_list_max = 64,
-        .k_max = k,
-        .dim_max = index->dim,
-        .page_bytes_max = index->format.page_bytes,
-        .table_floats_max = quantiser_table_floats(index->quantiser),
-        .scratch_floats_max = quantiser_scratch_floats(index->quantiser),
+        .limits = {.search_list_max = 64, .cells_max = 8, .k_max = k, .beam_width = 4},
         .backend = READER_PREAD};
-    struct search_task task = {
-        .index = index, .query = query, .params = {.k = k, .search_list = 64}, .hits = hits};
+    struct search_task task = {.index = index,
+                               .query = query,
+                               .params = {.k = k, .rule = {.search_list = 64, .cells = 8}},
+                               .hits = hits};
 
+    disk_search_limits_raise(&options.limits, index);
     if (search_engine_open(&options, &engine, &err) < 0 ||
         search_engine_run(engine, &task, 1, &err) < 0)
         fail_msg("%s", err.message);
@@ -681,6 +1055,13 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_one_two_and_four_workers_make_the_same_bytes),
+        cmocka_unit_test(test_the_calibration_is_the_same_for_any_workers),
+        cmocka_unit_test(test_hot_tiers_and_rows_left_out_stand_in_the_manifest),
+        cmocka_unit_test(test_too_few_rows_to_spare_are_not_calibrated_with),
+        cmocka_unit_test(test_memory_to_serve_from_holds_the_tier_made_for_it),
+        cmocka_unit_test(test_a_graph_kept_beside_gives_the_same_segment),
+        cmocka_unit_test(test_a_graph_of_something_else_is_replaced),
+        cmocka_unit_test(test_a_damaged_graph_is_told_and_left),
         cmocka_unit_test(test_seed_and_parameters_are_in_the_name),
         cmocka_unit_test(test_too_few_rows_are_refused),
         cmocka_unit_test(test_nan_and_infinity_are_refused_by_row_and_dimension),

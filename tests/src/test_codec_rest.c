@@ -163,6 +163,15 @@ static void test_search_parameters_are_read_flat_and_nested(void **state)
     assert_int_equal(params("{\"ef\":64,\"params\":{\"ef\":\"64\"}}", &out, &failure), 0);
     assert_int_equal(params("{\"params\":{\"radius\":0.5}}", &out, &failure), 0);
     assert_string_equal(out.range, "radius");
+    assert_int_equal(params("{\"recall_target\":\"0.95\",\"exact_scores\":true,\"params\":"
+                            "{\"explain\":\"true\",\"reads_max\":7,\"beamwidth\":3}}",
+                            &out, &failure),
+                     0);
+    assert_true(out.recall_target == 0.95 && out.exact_scores && out.explain);
+    assert_int_equal(out.reads_max, 7);
+    assert_int_equal(out.beam_width, 3);
+    assert_int_equal(params("{\"explain\":false,\"recall_target\":null}", &out, &failure), 0);
+    assert_true(out.recall_target == 0 && !out.exact_scores && !out.explain);
 }
 
 static void test_bad_search_parameters_are_refused(void **state)
@@ -180,6 +189,18 @@ static void test_bad_search_parameters_are_refused(void **state)
         {"{\"nprobe\":-1}", FAILURE_INVALID_PARAMETER, "range [1, 65536]"},
         {"{\"level\":11}", FAILURE_INVALID_PARAMETER, "range [1, 10]"},
         {"{\"radius\":\"x\"}", FAILURE_INVALID_PARAMETER, "radius"},
+        {"{\"recall_target\":1}", FAILURE_INVALID_PARAMETER, "range [0.5, 0.9999]"},
+        {"{\"recall_target\":0.49}", FAILURE_INVALID_PARAMETER, "recall_target"},
+        {"{\"recall_target\":\"0.9x\"}", FAILURE_INVALID_PARAMETER, "should be a number"},
+        {"{\"recall_target\":\"\"}", FAILURE_INVALID_PARAMETER, "should be a number"},
+        {"{\"recall_target\":[0.9]}", FAILURE_INVALID_PARAMETER, "should be a number"},
+        {"{\"recall_target\":0.9,\"search_list\":10}", FAILURE_INVALID_PARAMETER,
+         "recall_target and search_list"},
+        {"{\"recall_target\":0.9,\"params\":{\"level\":2}}", FAILURE_INVALID_PARAMETER,
+         "recall_target and level"},
+        {"{\"explain\":1}", FAILURE_INVALID_PARAMETER, "should be true or false"},
+        {"{\"exact_scores\":\"yes\"}", FAILURE_INVALID_PARAMETER, "exact_scores"},
+        {"{\"reads_max\":0}", FAILURE_INVALID_PARAMETER, "reads_max"},
         {"7", FAILURE_JSON, "searchParams"},
     };
     struct search_tuning out;

@@ -79,19 +79,47 @@ static void test_the_result_window_is_bounded(void **state)
     assert_int_equal(window(1, INT32_MAX, INT32_MAX), FAILURE_OTHER);
 }
 
+static uint32_t list_of(struct search_tuning tuning, uint32_t topk)
+{
+    struct search_effort effort;
+
+    request_search_effort(&tuning, topk, false, &effort);
+    assert_true(effort.recall_target == 0);
+    return effort.search_list;
+}
+
 static void test_search_lists_follow_the_parameters_of_other_indexes(void **state)
 {
     (void)state;
-    assert_int_equal(request_search_list(&(struct search_tuning){0}, 10), 100);
-    assert_int_equal(request_search_list(&(struct search_tuning){0}, 100), 200);
-    assert_int_equal(request_search_list(&(struct search_tuning){.search_list = 30, .ef = 99}, 10),
-                     30);
-    assert_int_equal(request_search_list(&(struct search_tuning){.ef = 5}, 10), 10);
-    assert_int_equal(request_search_list(&(struct search_tuning){.nprobe = 16}, 10), 64);
-    assert_int_equal(request_search_list(&(struct search_tuning){.level = 1}, 10), 64);
-    assert_int_equal(request_search_list(&(struct search_tuning){.level = 9}, 100), 1000);
-    assert_int_equal(request_search_list(&(struct search_tuning){.ef = UINT32_MAX}, 1),
-                     SEARCH_LIST_MAX);
+    assert_int_equal(list_of((struct search_tuning){0}, 10), 100);
+    assert_int_equal(list_of((struct search_tuning){0}, 100), 200);
+    assert_int_equal(list_of((struct search_tuning){.search_list = 30, .ef = 99}, 10), 30);
+    assert_int_equal(list_of((struct search_tuning){.ef = 5}, 10), 10);
+    assert_int_equal(list_of((struct search_tuning){.nprobe = 16}, 10), 64);
+    assert_int_equal(list_of((struct search_tuning){.nprobe = 16, .level = 9}, 10), 64);
+    assert_int_equal(list_of((struct search_tuning){.ef = UINT32_MAX}, 1), SEARCH_LIST_MAX);
+}
+
+static void test_recall_targets_come_from_the_request_a_level_or_the_calibration(void **state)
+{
+    struct search_effort effort;
+    double last = 0.5;
+
+    (void)state;
+    request_search_effort(&(struct search_tuning){.recall_target = 0.8}, 10, false, &effort);
+    assert_true(effort.recall_target == 0.8 && effort.search_list == 0);
+    assert_string_equal(effort.given_by, "recall_target");
+    for (uint32_t level = 1; level <= 10; level++) {
+        request_search_effort(&(struct search_tuning){.level = level}, 10, false, &effort);
+        assert_true(effort.recall_target > last && effort.recall_target <= REQUEST_RECALL_MAX);
+        assert_string_equal(effort.given_by, "level");
+        last = effort.recall_target;
+    }
+    request_search_effort(&(struct search_tuning){0}, 10, true, &effort);
+    assert_true(effort.recall_target == REQUEST_RECALL_DEFAULT && effort.search_list == 0);
+    assert_string_equal(effort.given_by, "default");
+    request_search_effort(&(struct search_tuning){.search_list = 50}, 10, true, &effort);
+    assert_true(effort.recall_target == 0 && effort.search_list == 50);
 }
 
 static void test_what_is_not_supported_is_refused(void **state)
@@ -223,6 +251,7 @@ int main(void)
         cmocka_unit_test(test_every_failure_has_a_row_and_every_error_a_failure),
         cmocka_unit_test(test_the_result_window_is_bounded),
         cmocka_unit_test(test_search_lists_follow_the_parameters_of_other_indexes),
+        cmocka_unit_test(test_recall_targets_come_from_the_request_a_level_or_the_calibration),
         cmocka_unit_test(test_what_is_not_supported_is_refused),
         cmocka_unit_test(test_the_vector_field_is_named_or_the_only_one),
         cmocka_unit_test(test_output_fields_are_planned_as_the_contract_says),

@@ -141,6 +141,31 @@ def test_queries_of_another_dimension_are_refused(annd, good, tmp_path):
                says=("15", "16"))
 
 
+@pytest.mark.parametrize("verb, options, says", [
+    ("search", ("--recall", "0.9", "--search-list", 50), ("--recall", "--search-list", "both")),
+    ("bench", ("--recall", "0.9", "--search-list", "50,60"), ("--recall", "--search-list", "both")),
+    ("search", ("--recall", "0"), ("--recall", "above 0", "'0'")),
+    ("search", ("--recall", "1"), ("--recall", "below 1", "'1'")),
+    ("search", ("--recall", "nan"), ("--recall", "'nan'")),
+    ("search", ("--recall", ""), ("--recall",)),
+    ("search", ("--recall", "0.9,0.95"), ("--recall", "at most 1", "0.9,0.95")),
+    ("bench", ("--recall", "0.9,"), ("--recall", "'0.9,'")),
+    ("bench", ("--recall", "0.9;0.95"), ("--recall", "with commas")),
+    ("bench", ("--recall", "95"), ("--recall", "below 1", "'95'")),
+    ("bench", ("--recall", ",".join(["0.9"] * 65)), ("--recall", "at most 64")),
+    ("bench", ("--search-list", "0"), ("--search-list", "'0'")),
+    ("bench", ("--search-list", ""), ("--search-list", "empty")),
+    ("bench", ("--prefer", "speed"), ("--prefer", "latency|throughput", "speed")),
+    ("bench", ("--reads-in-flight", 0), ("--reads-in-flight", "0")),
+    ("bench", ("--gain", "-1"), ("--gain", "0 or more")),
+    ("search", ("--explain", "--output", "csv"), ("--explain", "csv", "jsonl")),
+    ("search", ("--explain", "--output", "ids"), ("--explain", "ids", "table")),
+])
+def test_what_a_search_cannot_aim_at_is_a_usage_error(annd, good, verb, options, says):
+    more = ("--truth", good.truth_file) if verb == "bench" else ()
+    annd.fails(2, verb, good.index, "--queries", good.query_file, *more, *options, says=says)
+
+
 def test_k_above_the_row_count_is_refused(annd, good, tmp_path):
     annd.fails(1, "search", good.index, "--queries", good.query_file, "-k", 601,
                says=("601", "600"))

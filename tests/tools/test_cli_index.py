@@ -16,9 +16,12 @@ ROWS, DIM, QUERIES = 2000, 32, 100
 METRICS = ("l2", "ip", "cosine")
 TYPES = ("f32", "u8", "i8")
 SMALL = ("--max-degree", 32, "--build-list", 50)  # enough for these sets, and fast to build
-BENCH_KEYS = {"search_list", "recall", "qps", "latency_us_mean", "latency_us_p50", "latency_us_p99",
-              "reads_mean", "read_bytes_mean", "rounds_mean", "cpu_us_mean", "index_memory_bytes",
-              "memory_bytes", "store"}
+BENCH_KEYS = {"recall_target", "search_list", "cells", "patience", "gain", "recall", "recall_p5",
+              "qps", "latency_us_mean", "latency_us_p50", "latency_us_p99", "reads_mean",
+              "reads_expected", "read_bytes_mean", "rounds_mean", "resident_hits_mean",
+              "cells_scanned_mean", "scanned_mean", "estimates_mean", "exact_mean", "cpu_us_mean",
+              "index_memory_bytes", "memory_bytes", "resident_share", "store", "exact_scores",
+              "threads", "inflight", "beam_width", "reads_in_flight", "io", "isa"}
 
 
 class Set:
@@ -224,9 +227,12 @@ def test_another_seed_or_parameter_makes_another_index(annd, made, tmp_path):
 def test_answers_do_not_depend_on_backend_threads_or_memory(annd, made):
     s = made("f32", "cosine")
     plain = search(annd, s.index, s.query_file)
-    size = sum(map(len, tree(s.index).values()))
-    for options in (("--io", "pread"), ("--threads", 1), ("--threads", 4), ("--memory", size)):
+    for options in (("--io", "pread"), ("--threads", 1), ("--threads", 4)):
         assert search(annd, s.index, s.query_file, *options) == plain, options
+    # With pages in memory a recall is reached by another rule, a list by the same.
+    size = sum(map(len, tree(s.index).values()))
+    assert search(annd, s.index, s.query_file, "--search-list", 100, "--memory", size) == search(
+        annd, s.index, s.query_file, "--search-list", 100)
     if annd.run("search", s.index, "--queries", s.query_file, "--io", "uring").code == 0:
         assert search(annd, s.index, s.query_file, "--io", "uring") == plain
 
@@ -414,7 +420,7 @@ def test_progress_can_be_json_and_stays_off_stdout(annd, made, tmp_path):
     lines = [json.loads(line) for line in outcome.err.splitlines()]
     assert len({line["phase"] for line in lines}) >= 3
     assert all(line["done"] <= line["total"] or not line["total"] for line in lines)
-    assert "{" not in outcome.out and len(outcome.out.splitlines()) <= 4
+    assert "{" not in outcome.out and len(outcome.out.splitlines()) <= 40
     assert annd.run("build", s.base_file, "--output", tmp_path / "j", "--progress", "off",
                     *SMALL).err == ""
 

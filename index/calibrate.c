@@ -1,0 +1,607 @@
+/* How it works: each query is walked once per k and share of resident pages, under a rule laxer in
+ * nothing than any that is offered, while an observer notes every moment at which some rule could
+ * have stopped: the reads so far, how quiet they were, the gain to be expected, the true hits. What
+ * a rule (patience, gain) would have answered is then looked up: the first moment that meets it. A
+ * walk has one read in flight here. There stopping is final, so the look-up is exact; with more in
+ * flight a walk ends in a state that meets the same rule, after a few reads more.
+ *
+ * Of the rules of a grid, a chain that gets stricter with every target is chosen, so that the sum
+ * over the targets of their reads, each relative to the fewest that would reach it alone, is least
+ * (dynamic programming over the grid). That is done for several efforts, each scanning more cells
+ * for seeds than the one before, as long as targets are missed: more cells find what the graph does
+ * not lead to, for CPU time instead of reads. A target goes to the least effort that reaches it,
+ * unless the next spares a good part of the reads. Sums are of whole numbers and all choices are
+ * made by one thread: the result does not depend on the pool. */
+#include "index/calibrate.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "index/disk_search.h"
+#include "storage/file.h"
+
+#define KS 3u
+#define SHARES_MAX 4u
+#define WALKS 8u /* of one worker at once, so that its core does not wait for single reads */
+#define GRAIN 32u
+#define EFFORTS 4u
+#define EFFORT_SPARES 0.85  /* of the reads before: then twice the cells are worth it */
+#define READS_PER_LISTED 4u /* bounds a walk, and with it its trace */
+#define PATIENCES 8u
+#define PATIENCE_MAX 10u
+#define GAINS_MAX 96u
+#define GAIN_RATIO 0.85
+#define GAIN_LEAST 1e-4
+#define GAIN_OFF 1e-6f /* as good as none: no candidate within reach is left unread */
+
+/* Twice that for k = 100. */
+static const struct {
+    uint32_t search_list;
+    uint32_t cells;
+} efforts[EFFORTS] = {{250, 100}, {250, 200}, {400, 400}, {500, 800}};
+
+static const uint32_t calibrated_k[KS] = {1, 10, 100};
+static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, PATIENCE_MAX};
+static const float targets[] = {0.80f, 0.85f,  0.90f, 0.93f,  0.95f,  0.97f,
+                                0.98f, 0.985f, 0.99f, 0.995f, 0.998f, 0.999f};
+
+#define TARGETS (sizeof targets / sizeof targets[0])
+
+/* ---- walks ---- */
+
+struct moment {
+    uint32_t reads; /* pages */
+    float gain;
+    uint16_t quiet; /* PATIENCE_MAX at most */
+    uint16_t hits;  /* true ones */
+};
+
+/* What one query's walk told. */
+struct trace {
+    struct moment *moments; /* in the order of reads */
+    uint32_t count;
+    uint32_t reads; /* of the whole walk */
+    uint32_t hits;  /* at its end */
+};
+
+/* One query under way. */
+struct walk {
+    const struct run *run;
+    struct disk_search *search;
+    struct search_hit *hits;
+    struct moment *moments;
+    uint32_t count;
+    uint64_t query;
+    bool busy;
+    float lowest[PATIENCE_MAX + 1]; /* gain noted so far with at least so much quiet */
+};
+
+/* A worker's. */
+struct crew {
+    struct walk walks[WALKS];
+    struct error error;
+};
+
+/* What all queries do at one k and share. */
+struct run {
+    const struct disk_index *index;
+    const struct calibrate_queries *queries;
+    struct disk_search_limits limits;
+    struct walk_rule rule;
+    uint32_t k;
+    uint32_t *truth; /* count x k, ascending for each query */
+    struct trace *traces;
+    struct crew *crews;
+    struct job *job;
+    atomic_bool failed;
+};
+
+static int compare_positions(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+    return (x > y) - (x < y);
+}
+
+static uint32_t true_hits(const struct walk *walk, const struct search_hit *hits, uint32_t count)
+{
+    uint32_t k = walk->run->k, found = 0;
+    const uint32_t *truth = walk->run->truth + walk->query * k;
+
+    for (uint32_t i = 0; i < count; i++)
+        found += bsearch(&hits[i].position, truth, k, sizeof *truth, compare_positions) != NULL;
+    return found;
+}
+
+static uint32_t moments_max(const struct disk_search_limits *limits)
+{
+    return READS_PER_LISTED * limits->search_list_max + 1;
+}
+
+/* Notes a moment unless every rule it meets was met before, by one as quiet and of no more gain. */
+static void observe(void *context, const struct search_moment *moment)
+{
+    struct walk *walk = context;
+    uint32_t quiet = moment->quiet < PATIENCE_MAX ? moment->quiet : PATIENCE_MAX;
+
+    if (moment->hit_count < walk->run->k || !(moment->gain < walk->lowest[quiet]) ||
+        walk->count == moments_max(&walk->run->limits))
+        return;
+    for (uint32_t q = 0; q <= quiet; q++)
+        walk->lowest[q] = moment->gain < walk->lowest[q] ? moment->gain : walk->lowest[q];
+    walk->moments[walk->count++] = (struct moment){
+        .reads = moment->reads,
+        .gain = moment->gain,
+        .quiet = (uint16_t)quiet,
+        .hits = (uint16_t)true_hits(walk, moment->hits, moment->hit_count),
+    };
+}
+
+static int walk_begin(struct walk *walk, uint64_t query, struct error *err)
+{
+    const struct run *run = walk->run;
+    const struct search_params params = {
+        .k = run->k,
+        .rule = run->rule,
+        .beam_width = 1,
+        .reads_max = READS_PER_LISTED * run->rule.search_list,
+        .hidden = run->queries->hidden ? &run->queries->hidden[query] : NULL,
+        .observe = observe,
+        .observe_context = walk,
+    };
+
+    walk->query = query;
+    walk->count = 0;
+    for (uint32_t q = 0; q <= PATIENCE_MAX; q++)
+        walk->lowest[q] = INFINITY;
+    if (disk_search_begin(walk->search, run->index, run->queries->vectors + query * run->index->dim,
+                          &params, err) < 0)
+        return -1;
+    walk->busy = true;
+    return 0;
+}
+
+static int walk_end(struct walk *walk, struct error *err)
+{
+    const struct run *run = walk->run;
+    struct trace *trace = &run->traces[walk->query];
+    uint32_t count;
+
+    walk->busy = false;
+    if (disk_search_error(walk->search, err) < 0)
+        return -1;
+    count = disk_search_hits(walk->search, walk->hits, run->k);
+    trace->hits = true_hits(walk, walk->hits, count);
+    trace->reads =
+        (uint32_t)(disk_search_stats(walk->search)->read_bytes / run->index->format.page_bytes);
+    trace->count = walk->count;
+    if (!walk->count)
+        return 0;
+    trace->moments = malloc(walk->count * sizeof *trace->moments);
+    if (!trace->moments)
+        return error_set(err, ERR_NOMEM, "no memory for a walk of %" PRIu32 " moments",
+                         walk->count);
+    memcpy(trace->moments, walk->moments, walk->count * sizeof *trace->moments);
+    return 0;
+}
+
+static void crew_release(struct crew *crew)
+{
+    for (uint32_t w = 0; w < WALKS; w++) {
+        disk_search_free(crew->walks[w].search);
+        free(crew->walks[w].hits);
+        free(crew->walks[w].moments);
+    }
+}
+
+/* By the worker itself, on its first range. */
+static int crew_prepare(const struct run *run, struct crew *crew)
+{
+    for (uint32_t w = 0; w < WALKS; w++) {
+        struct walk *walk = &crew->walks[w];
+
+        walk->run = run;
+        walk->busy = false;
+        if (walk->search)
+            continue;
+        walk->hits = malloc(run->limits.k_max * sizeof *walk->hits);
+        walk->moments = malloc(moments_max(&run->limits) * sizeof *walk->moments);
+        if (!walk->hits || !walk->moments) {
+            free(walk->hits);
+            free(walk->moments);
+            walk->hits = NULL;
+            walk->moments = NULL;
+            return error_set(&crew->error, ERR_NOMEM, "no memory for the traces of a walk");
+        }
+        if (disk_search_new(&run->limits, &walk->search, &crew->error) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* Walks queries [begin, end). A reader is its thread's own, so it lives no longer than this. */
+static void measure_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
+{
+    struct run *run = context;
+    struct crew *crew = &run->crews[worker];
+    struct reader_read *reads[WALKS];
+    struct reader *reader = NULL;
+    uint64_t next = begin;
+    uint32_t busy = 0;
+
+    if (atomic_load(&run->failed))
+        return;
+    if (crew_prepare(run, crew) < 0 || reader_open(READER_AUTO, WALKS, &reader, &crew->error) < 0)
+        goto done;
+    while (next < end || busy) {
+        uint32_t count = 0;
+
+        for (uint32_t w = 0; w < WALKS; w++) {
+            struct walk *walk = &crew->walks[w];
+
+            if (!walk->busy && next < end) {
+                if (walk_begin(walk, next++, &crew->error) < 0)
+                    goto done;
+                busy++;
+            }
+            if (!walk->busy)
+                continue;
+            /* One read a walk at most: the reader's depth holds them all. */
+            count += disk_search_wanted(walk->search, reads + count, 1);
+            if (disk_search_done(walk->search)) {
+                if (walk_end(walk, &crew->error) < 0 || job_advance(run->job, 1, &crew->error) < 0)
+                    goto done;
+                busy--;
+            }
+        }
+        /* What could not be submitted comes back from reader_wait with its error. */
+        if (count)
+            reader_submit(reader, reads, count, NULL);
+        count = reader_wait(reader, reads, WALKS, true);
+        for (uint32_t i = 0; i < count; i++) {
+            if (disk_search_arrived(reads[i]->owner, reads[i], &crew->error) < 0)
+                goto done;
+        }
+    }
+done:
+    reader_close(reader); /* waits: no read is under way in a search's buffers after it */
+    if (crew->error.code != ERR_NONE)
+        atomic_store(&run->failed, true);
+}
+
+static void traces_release(struct run *run)
+{
+    for (uint32_t q = 0; run->traces && q < run->queries->count; q++)
+        free(run->traces[q].moments);
+    free(run->traces);
+    run->traces = NULL;
+}
+
+/* ---- rules ---- */
+
+/* What every rule of the grid would have answered, and the choice among them. Gains descend. */
+struct grid {
+    float gains[GAINS_MAX];
+    uint32_t gain_count;
+    uint64_t reads[PATIENCES][GAINS_MAX];
+    uint64_t hits[PATIENCES][GAINS_MAX];
+    uint64_t hits_squared[PATIENCES][GAINS_MAX];
+    double recall[PATIENCES][GAINS_MAX];
+    double sure[PATIENCES][GAINS_MAX]; /* recall less the margin */
+    /* Least cost of a chain of targets that ends in this rule, or in this one or a laxer one. */
+    double cost[PATIENCES][GAINS_MAX];
+    double cost_up_to[PATIENCES][GAINS_MAX];
+    uint16_t cell_up_to[PATIENCES][GAINS_MAX];
+    uint16_t before[TARGETS][PATIENCES][GAINS_MAX]; /* the rule of the target before */
+};
+
+static void add(struct grid *grid, uint32_t p, uint32_t g, uint32_t reads, uint32_t hits)
+{
+    grid->reads[p][g] += reads;
+    grid->hits[p][g] += hits;
+    grid->hits_squared[p][g] += (uint64_t)hits * hits;
+}
+
+/* Fills the sums: a trace goes down the gains once for each patience. */
+static void grid_fill(struct grid *grid, const struct run *run)
+{
+    uint32_t n = run->queries->count;
+
+    memset(grid, 0, sizeof *grid);
+    for (double gain = 4.0 * run->k / 10; gain >= GAIN_LEAST; gain *= GAIN_RATIO)
+        grid->gains[grid->gain_count++] = (float)gain;
+    grid->gains[grid->gain_count++] = GAIN_OFF;
+    for (uint32_t q = 0; q < n; q++) {
+        const struct trace *trace = &run->traces[q];
+
+        for (uint32_t p = 0; p < PATIENCES; p++) {
+            uint32_t g = 0;
+
+            for (uint32_t m = 0; m < trace->count; m++) {
+                const struct moment *moment = &trace->moments[m];
+
+                for (; moment->quiet >= patiences[p] && g < grid->gain_count &&
+                       moment->gain < grid->gains[g];
+                     g++)
+                    add(grid, p, g, moment->reads, moment->hits);
+            }
+            for (; g < grid->gain_count; g++)
+                add(grid, p, g, trace->reads, trace->hits);
+        }
+    }
+    for (uint32_t p = 0; p < PATIENCES; p++) {
+        for (uint32_t g = 0; g < grid->gain_count; g++) {
+            double mean = (double)grid->hits[p][g] / n;
+            double variance = (double)grid->hits_squared[p][g] / n - mean * mean;
+            double error = variance > 0 ? sqrt(variance / n) / run->k : 0;
+
+            grid->recall[p][g] = mean / run->k;
+            /* The cheapest of many rules that reached a target here is a little lucky: a third of
+             * the standard error of the mean recall is asked for on top. */
+            grid->sure[p][g] = grid->recall[p][g] - error / 3;
+        }
+    }
+}
+
+static double mean_reads(const struct grid *grid, uint32_t p, uint32_t g, uint32_t n)
+{
+    return (double)grid->reads[p][g] / n;
+}
+
+/* Extends all chains by one target: cost[][] becomes that of chains that end with it. False when no
+ * rule reaches the target. */
+static bool grid_step(struct grid *grid, uint32_t t, uint32_t n)
+{
+    double fewest = INFINITY;
+
+    for (uint32_t p = 0; p < PATIENCES; p++)
+        for (uint32_t g = 0; g < grid->gain_count; g++)
+            if (grid->sure[p][g] >= (double)targets[t] && mean_reads(grid, p, g, n) < fewest)
+                fewest = mean_reads(grid, p, g, n);
+    if (isinf(fewest))
+        return false;
+    for (uint32_t p = 0; p < PATIENCES; p++) {
+        for (uint32_t g = 0; g < grid->gain_count; g++) {
+            bool reached = grid->sure[p][g] >= (double)targets[t];
+            double laxer = t ? grid->cost_up_to[p][g] : 0;
+
+            grid->before[t][p][g] = t ? grid->cell_up_to[p][g] : 0;
+            /* One more than the reads, as all pages may be in memory. */
+            grid->cost[p][g] =
+                reached ? laxer + (mean_reads(grid, p, g, n) + 1) / (fewest + 1) : INFINITY;
+        }
+    }
+    for (uint32_t p = 0; p < PATIENCES; p++) {
+        for (uint32_t g = 0; g < grid->gain_count; g++) {
+            double best = grid->cost[p][g];
+            uint16_t cell = (uint16_t)(p * GAINS_MAX + g);
+
+            /* Of equals the stricter: when all pages are in memory any rule costs nothing. */
+            if (p && grid->cost_up_to[p - 1][g] < best) {
+                best = grid->cost_up_to[p - 1][g];
+                cell = grid->cell_up_to[p - 1][g];
+            }
+            if (g && grid->cost_up_to[p][g - 1] < best) {
+                best = grid->cost_up_to[p][g - 1];
+                cell = grid->cell_up_to[p][g - 1];
+            }
+            grid->cost_up_to[p][g] = best;
+            grid->cell_up_to[p][g] = cell;
+        }
+    }
+    return true;
+}
+
+static void curve_fill(struct grid *grid, const struct run *run, struct walk_curve *curve)
+{
+    uint32_t n = run->queries->count, reached = 0;
+    uint32_t page_units = run->index->format.page_bytes / FILE_BLOCK_BYTES;
+    uint32_t cells[TARGETS], last_gain, cell;
+
+    grid_fill(grid, run);
+    last_gain = grid->gain_count - 1;
+    while (reached < TARGETS && grid_step(grid, reached, n))
+        reached++;
+    cell = grid->cell_up_to[PATIENCES - 1][last_gain]; /* of all chains the best */
+    for (uint32_t t = reached; t-- > 0; cell = grid->before[t][cell / GAINS_MAX][cell % GAINS_MAX])
+        cells[t] = cell;
+    for (uint32_t t = reached; t < TARGETS; t++)
+        cells[t] = (PATIENCES - 1) * GAINS_MAX + last_gain;
+    curve->k = run->k;
+    curve->resident_share = (float)disk_index_resident_share(run->index);
+    curve->point_count = TARGETS;
+    for (uint32_t t = 0; t < TARGETS; t++) {
+        uint32_t p = cells[t] / GAINS_MAX, g = cells[t] % GAINS_MAX;
+
+        curve->points[t] = (struct walk_point){
+            .recall = targets[t],
+            .rule = run->rule,
+            .reached = (float)grid->recall[p][g],
+            .reads = (float)(mean_reads(grid, p, g, n) * page_units),
+        };
+        curve->points[t].rule.patience = patiences[p];
+        curve->points[t].rule.gain = grid->gains[g];
+    }
+}
+
+/* ---- k and shares ---- */
+
+static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, struct pool *pool,
+                          struct walk_curve *curve, struct error *err)
+{
+    uint32_t count = run->queries->count, workers = pool ? pool_workers(pool) : 1;
+    uint32_t many = run->k >= 100 ? 2 : 1, cells = cells_count(run->index->cells);
+    int rc = -1;
+
+    if (many * efforts[effort].cells < cells)
+        cells = many * efforts[effort].cells;
+    /* Patience too: whatever rule of the grid a walk meets, it meets before it ends. */
+    run->rule = (struct walk_rule){.search_list = many * efforts[effort].search_list,
+                                   .cells = cells,
+                                   .patience = PATIENCE_MAX,
+                                   .gain = GAIN_OFF};
+    run->truth = malloc((size_t)count * run->k * sizeof *run->truth);
+    run->traces = calloc(count, sizeof *run->traces);
+    if (!run->truth || !run->traces) {
+        error_set(err, ERR_NOMEM, "no memory for the calibration's %" PRIu32 " queries", count);
+        goto done;
+    }
+    for (uint32_t q = 0; q < count; q++) {
+        uint32_t *truth = run->truth + (size_t)q * run->k;
+
+        memcpy(truth, run->queries->truth + (size_t)q * run->queries->truth_k,
+               run->k * sizeof *truth);
+        qsort(truth, run->k, sizeof *truth, compare_positions);
+    }
+    pool_for(pool, count, GRAIN, measure_range, run);
+    for (uint32_t w = 0; w < workers; w++) {
+        if (run->crews[w].error.code != ERR_NONE) {
+            error_set(err, run->crews[w].error.code, "%s", run->crews[w].error.message);
+            goto done;
+        }
+    }
+    curve_fill(grid, run, curve);
+    rc = 0;
+done:
+    free(run->truth);
+    run->truth = NULL;
+    traces_release(run);
+    return rc;
+}
+
+/* Takes over the points of a greater effort from the first target on that it serves better than
+ * the effort before; from there on all, so that rules get stricter with the target. True when
+ * targets are still missed. */
+static bool effort_merge(struct walk_curve *curve, const struct walk_curve *before,
+                         const struct walk_curve *more)
+{
+    bool taken = false;
+
+    for (uint32_t t = 0; t < TARGETS; t++) {
+        const struct walk_point *mine = &curve->points[t], *theirs = &more->points[t];
+
+        if (mine->reached < targets[t])
+            taken |= theirs->reached > mine->reached;
+        else
+            taken |= theirs->reached >= targets[t] &&
+                     theirs->reads < (float)EFFORT_SPARES * before->points[t].reads;
+        if (taken)
+            curve->points[t] = *theirs;
+    }
+    return curve->points[TARGETS - 1].reached < targets[TARGETS - 1];
+}
+
+static int curve_measure(struct run *run, struct grid *grid, struct pool *pool,
+                         struct walk_curve *curve, struct error *err)
+{
+    struct walk_curve before, more = {0};
+    bool missed;
+
+    if (effort_measure(run, 0, grid, pool, curve, err) < 0)
+        return -1;
+    before = *curve;
+    missed = curve->points[TARGETS - 1].reached < targets[TARGETS - 1];
+    for (uint32_t effort = 1; effort < EFFORTS && missed; effort++) {
+        if (effort_measure(run, effort, grid, pool, &more, err) < 0)
+            return -1;
+        missed = effort_merge(curve, &before, &more);
+        before = more;
+    }
+    return 0;
+}
+
+/* Numbers of resident pages to measure at, ascending. `base`: the index that holds none. */
+static uint32_t shares_choose(const struct disk_index *base, uint64_t serve_memory_bytes,
+                              uint64_t memory_bytes_max, uint64_t pages[SHARES_MAX])
+{
+    uint64_t all = base->format.page_count, page_bytes = base->format.page_bytes;
+    /* What is served holds the calibration as well. */
+    uint64_t serve_needs = base->memory_bytes + (base->calibration ? 0 : sizeof *base->calibration);
+    uint64_t served =
+        serve_memory_bytes > serve_needs ? (serve_memory_bytes - serve_needs) / page_bytes : 0;
+    uint64_t wanted[SHARES_MAX] = {0, served < all ? served : all, all / 2, all};
+    uint32_t count = 0;
+
+    if (wanted[1] > wanted[2]) {
+        wanted[1] = all / 2;
+        wanted[2] = served < all ? served : all;
+    }
+    for (uint32_t i = 0; i < SHARES_MAX; i++) {
+        if (i > 0 && memory_bytes_max &&
+            base->memory_bytes + wanted[i] * page_bytes > memory_bytes_max)
+            continue;
+        /* As floats, since that is how curves tell them apart. */
+        if (count && (float)((double)wanted[i] / (double)all) <=
+                         (float)((double)pages[count - 1] / (double)all))
+            continue;
+        pages[count++] = wanted[i];
+    }
+    return count;
+}
+
+int calibrate_field(const struct segment *segment, uint32_t field,
+                    const struct calibrate_queries *queries, uint64_t serve_memory_bytes,
+                    uint64_t memory_bytes_max, struct pool *pool, struct job *job,
+                    struct walk_calibration *out, struct error *err)
+{
+    struct disk_index *index = NULL;
+    struct grid *grid = calloc(1, sizeof *grid);
+    struct run run = {.queries = queries, .job = job};
+    uint32_t workers = pool ? pool_workers(pool) : 1, ks = 0, share_count;
+    uint64_t pages[SHARES_MAX], base_bytes, page_bytes;
+    int rc = -1;
+
+    memset(out, 0, sizeof *out);
+    while (ks < KS && calibrated_k[ks] <= queries->truth_k)
+        ks++;
+    if (queries->count == 0 || ks == 0) {
+        error_set(err, ERR_INVALID, "a calibration wants queries and their nearest rows");
+        goto done;
+    }
+    run.crews = calloc(workers, sizeof *run.crews);
+    if (!grid || !run.crews) {
+        error_set(err, ERR_NOMEM, "no memory for a calibration");
+        goto done;
+    }
+    if (disk_index_open(segment, field, 0, &index, err) < 0)
+        goto done;
+    base_bytes = index->memory_bytes;
+    page_bytes = index->format.page_bytes;
+    share_count = shares_choose(index, serve_memory_bytes, memory_bytes_max, pages);
+    run.limits =
+        (struct disk_search_limits){.search_list_max = 2 * efforts[EFFORTS - 1].search_list,
+                                    .cells_max = 2 * efforts[EFFORTS - 1].cells,
+                                    .k_max = calibrated_k[ks - 1],
+                                    .beam_width = 1};
+    disk_search_limits_raise(&run.limits, index);
+    job_phase(job, "calibrate", (uint64_t)queries->count * ks * share_count * EFFORTS);
+    for (uint32_t s = 0; s < share_count; s++) {
+        if (s > 0) { /* one at a time in memory */
+            disk_index_close(index);
+            index = NULL;
+            if (disk_index_open(segment, field, base_bytes + pages[s] * page_bytes, &index, err) <
+                0)
+                goto done;
+        }
+        run.index = index;
+        for (uint32_t i = 0; i < ks; i++) {
+            run.k = calibrated_k[i];
+            if (curve_measure(&run, grid, pool, &out->curves[i * share_count + s], err) < 0)
+                goto done;
+        }
+    }
+    out->query_count = queries->count;
+    out->own_queries = queries->hidden == NULL;
+    out->curve_count = ks * share_count;
+    rc = 0;
+done:
+    for (uint32_t w = 0; run.crews && w < workers; w++)
+        crew_release(&run.crews[w]);
+    free(run.crews);
+    free(grid);
+    disk_index_close(index);
+    return rc;
+}
