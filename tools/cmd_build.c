@@ -65,17 +65,24 @@ static void print_result(const char *output, const struct segment_build_result *
                metric == METRIC_COSINE ? " (their cosine similarity is 0 with everything)" : "");
 }
 
-/* A curve as one line: what was reached for each target, and at how many reads. */
+/* A curve as one line: what was reached for the usual targets, and at how many reads. */
 static void print_curve(const struct walk_curve *curve)
 {
+    static const float usual[] = {0.9f, 0.95f, 0.99f, 0.995f};
+
     if (curve->resident_share > 0)
         printf("    k %u, %.3g %% of the pages in memory:", curve->k,
                100 * (double)curve->resident_share);
     else
         printf("    k %u:", curve->k);
-    for (uint32_t i = 0; i < curve->point_count; i++)
-        printf("%s %.4g -> %.4f at %.1f reads", i ? "," : "", (double)curve->points[i].recall,
-               (double)curve->points[i].reached, (double)curve->points[i].reads);
+    for (uint32_t i = 0, shown = 0; i < curve->point_count; i++) {
+        const struct walk_point *point = &curve->points[i];
+
+        for (size_t u = 0; u < sizeof usual / sizeof usual[0]; u++)
+            if (point->recall == usual[u])
+                printf("%s %.4g -> %.4f at %.1f reads", shown++ ? "," : "", (double)point->recall,
+                       (double)point->reached, (double)point->reads);
+    }
     printf("\n");
 }
 
@@ -99,7 +106,10 @@ static void print_facts(const struct field_facts *facts, uint64_t row_count)
            facts->calibration->own_queries ? "queries of yours"
                                            : "rows that the layout did not know");
     for (uint32_t i = 0; i < facts->calibration->curve_count; i++)
-        print_curve(&facts->calibration->curves[i]);
+        if (facts->calibration->curves[i].k == 10 &&
+            facts->calibration->curves[i].resident_share < 1)
+            print_curve(&facts->calibration->curves[i]);
+    printf("    annd inspect shows all that was measured\n");
 }
 
 /* What the segment tells of itself, before it is published. */

@@ -71,7 +71,8 @@ def test_quickstart_ends_with_a_right_answer():
     wanted = re.search(r"exact search says: (.*)", done.stdout).group(1).split()
     assert answer["code"] == 0
     assert [str(hit["id"]) for hit in answer["data"]] == wanted
-    recalls = [float(m) for m in re.findall(r"^ +(?:16|32|64)  ([\d.]+) ", done.stdout, re.M)]
+    recalls = [float(m) for m in re.findall(r"^ +- +(?:16|32|64) +\d+ +\d+ +\S+ +([\d.]+) ",
+                                             done.stdout, re.M)]
     assert len(recalls) == 3 and recalls[-1] >= 0.99
     assert demos() == before
 
