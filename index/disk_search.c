@@ -45,8 +45,6 @@
 /* Nodes beyond this part of the list are not expanded: they rank too low to lead anywhere new. */
 #define EXPAND_PART 2u
 
-enum page_mark { PAGE_IN_FLIGHT = 1, PAGE_SCORED = 2 };
-
 struct page_slot {
     struct reader_read read;
     uint64_t block; /* first block read */
@@ -647,7 +645,7 @@ static int work_off_resident(struct disk_search *s)
             mark = mark_set_find(&s->pages, item->page);
             if (mark_is_set(&s->pages, mark))
                 continue; /* in this batch already */
-            if (!mark_set_put(&s->pages, mark, item->page, PAGE_SCORED))
+            if (!mark_set_put(&s->pages, mark, item->page, 1))
                 break;
             pages[count] = item->page;
             data[count] = index->resident_pages + (uint64_t)item->page * index->format.page_bytes;
@@ -751,7 +749,7 @@ static int choose(struct disk_search *s)
         }
         if (s->flying_count >= s->beam_width || rule_met(s))
             return 0;
-        if (!mark_set_put(&s->pages, mark, item->page, PAGE_IN_FLIGHT))
+        if (!mark_set_put(&s->pages, mark, item->page, 1))
             return 0;
         for (uint32_t j = i; j < s->list.count; j++)
             if (s->list.items[j].page == item->page && s->list.items[j].state == LISTED_UNREAD)
@@ -838,7 +836,6 @@ static int arrival(struct disk_search *s, const struct page_slot *slot)
     if (segment_block_check(s->index->segment, s->index->pages, slot->block, data, &s->error) < 0)
         return -1;
     phase_end(s, began, &s->stats.score_us);
-    mark_set_find(&s->pages, (uint32_t)slot->block)->value = PAGE_SCORED;
     drop_estimates(s, (uint32_t)slot->block);
     s->hits_changed = false;
     if (work_off(s, &slot->block, &data, 1) < 0)
