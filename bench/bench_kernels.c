@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "index/candidate_list.h"
@@ -26,14 +27,19 @@
 #define VECTOR_BYTES (4 * DIM_MAX + 192) /* not a power of two: all cache sets are used */
 #define SCAN_CODES (1u << 20)
 #define SCAN_CHUNKS_MAX 129u
-#define SCAN_CELL 64u
+#define SCAN_CELL 80u
+#define CELLS (SCAN_CODES / SCAN_CELL)
+#define SCAN_CELLS 100u /* of a search */
+#define SCAN_SUMS (SCAN_CELLS * SCAN_CELL)
 #define SCAN_LIST 32u /* rows a call: what is new among a node's neighbours */
 #define SCAN_LISTS 4096u
 #define NEAR_BYTES (256u << 10)
+#define HUGE_PAGE ((size_t)2 << 20)
+#define CODE_BYTES (((size_t)SCAN_CODES * SCAN_CHUNKS_MAX + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE)
 #define BELOW_COUNT 4096u
-#define BURST 32u   /* candidates between two merges */
+#define BURST 32u   /* candidates at about the same distance */
 #define BURSTS 24u  /* of a search */
-#define MARKS 2048u /* of a search */
+#define PAGES 2048u /* of a search */
 
 struct bench {
     const struct distance_kernels *table;
@@ -46,10 +52,10 @@ struct bench {
     uint16_t *entries;   /* SCAN_CHUNKS_MAX x 256 */
     uint32_t *scan_rows; /* SCAN_LISTS x SCAN_LIST, below SCAN_CODES */
     uint32_t *near_rows; /* the same, in NEAR_BYTES */
-    uint16_t *sums;      /* BELOW_COUNT */
+    uint16_t *sums;      /* SCAN_SUMS */
     uint32_t *hits;      /* BELOW_COUNT */
     struct candidate_list list;
-    struct mark_set marks;
+    struct page_set pages;
     volatile float sink; /* keeps the results alive */
 };
 
@@ -107,12 +113,33 @@ static double now_ns(void)
     }
 KERNELS(DEFINE_LOOP)
 
-static void loop_scan_run(struct bench *bench, uint32_t calls)
+/* A search's cells, at random places. */
+static void loop_scan_spans(struct bench *bench, uint32_t calls)
 {
+    struct code_span spans[SCAN_CELLS];
+
+    for (uint32_t i = 0; i < calls; i++) {
+        for (uint32_t s = 0; s < SCAN_CELLS; s++) {
+            uint32_t row = bench->scan_rows[(i * SCAN_CELLS + s) % (SCAN_LISTS * SCAN_LIST)];
+
+            spans[s] = (struct code_span){(uint64_t)(row % CELLS) * SCAN_CELL, SCAN_CELL};
+        }
+        bench->scan->spans(bench->entries, bench->dim, bench->codes, bench->dim, spans, SCAN_CELLS,
+                           bench->sums);
+    }
+}
+
+/* The same cells over and over, in the second-level cache. */
+static void loop_scan_spans_near(struct bench *bench, uint32_t calls)
+{
+    struct code_span spans[SCAN_CELLS];
+    uint32_t cells = NEAR_BYTES / bench->dim / SCAN_CELL;
+
+    for (uint32_t s = 0; s < SCAN_CELLS; s++)
+        spans[s] = (struct code_span){(uint64_t)(s * 7 % cells) * SCAN_CELL, SCAN_CELL};
     for (uint32_t i = 0; i < calls; i++)
-        bench->scan->run(bench->entries, bench->dim, bench->codes, bench->dim,
-                         bench->scan_rows[i % (SCAN_LISTS * SCAN_LIST)] / SCAN_CELL * SCAN_CELL,
-                         SCAN_CELL, bench->sums);
+        bench->scan->spans(bench->entries, bench->dim, bench->codes, bench->dim, spans, SCAN_CELLS,
+                           bench->sums);
 }
 
 static void loop_scan_rows(struct bench *bench, uint32_t calls)
@@ -142,16 +169,28 @@ static void loop_scan_below(struct bench *bench, uint32_t calls)
     bench->sink = (float)found;
 }
 
+/* The dim-th smallest of a search's sums. */
+static void loop_scan_nth(struct bench *bench, uint32_t calls)
+{
+    uint32_t found = 0;
+
+    for (uint32_t i = 0; i < SCAN_SUMS; i++)
+        bench->sums[i] = (uint16_t)(20000 + i * 40503u % 65536 / 4 + i * 25717u % 65536 / 4);
+    for (uint32_t i = 0; i < calls; i++)
+        found += bench->scan->nth(bench->sums, SCAN_SUMS, bench->dim + i % 2);
+    bench->sink = (float)found;
+}
+
 static void loop_table_fill(struct bench *bench, uint32_t calls)
 {
     struct code_table table = {.entries = bench->entries};
 
     for (uint32_t i = 0; i < calls; i++)
-        code_table_fill(&table, bench->lookup, bench->dim);
+        bench->scan->fill(&table, bench->lookup, bench->dim);
     bench->sink = table.step;
 }
 
-/* A search's candidates, nearer ones as it goes on: BURSTS times BURST, each burst merged. */
+/* A search's candidates, nearer ones as it goes on: BURSTS times BURST. */
 static void loop_candidates(struct bench *bench, uint32_t calls)
 {
     struct candidate_list *list = &bench->list;
@@ -162,30 +201,29 @@ static void loop_candidates(struct bench *bench, uint32_t calls)
             for (uint32_t j = 0; j < BURST; j++) {
                 uint32_t at = ((i * BURSTS + b) * BURST + j) % (SCAN_LISTS * SCAN_LIST);
 
-                candidate_list_add(list, (float)bench->scan_rows[at] / (float)(b + 1),
-                                   bench->scan_rows[at], at, 1.0f, LISTED_UNREAD);
+                candidate_list_add(list, (float)bench->scan_rows[at] / (float)(b + 1), 1.0f,
+                                   bench->scan_rows[at], at);
             }
-            candidate_list_merge(list);
         }
+        candidate_list_cut(list);
     }
-    bench->sink = list->items[0].distance;
+    bench->sink = list->columns.distance[0];
 }
 
-/* A search's visits: MARKS nodes of the million, most of them met once. */
-static void loop_marks(struct bench *bench, uint32_t calls)
+/* A search's pages: PAGES of the million, most of them met once. */
+static void loop_pages(struct bench *bench, uint32_t calls)
 {
     uint32_t old = 0;
 
     for (uint32_t i = 0; i < calls; i++) {
-        mark_set_clear(&bench->marks);
-        for (uint32_t j = 0; j < MARKS; j++) {
-            uint32_t number = bench->scan_rows[(i * MARKS + j) % (SCAN_LISTS * SCAN_LIST)];
-            struct mark *mark = mark_set_find(&bench->marks, number);
+        page_set_clear(&bench->pages);
+        for (uint32_t j = 0; j < PAGES; j++) {
+            uint32_t page = bench->scan_rows[(i * PAGES + j) % (SCAN_LISTS * SCAN_LIST)];
 
-            if (mark_is_set(&bench->marks, mark))
+            if (page_set_has(&bench->pages, page))
                 old++;
             else
-                mark_set_put(&bench->marks, mark, number, j);
+                page_set_add(&bench->pages, page);
         }
     }
     bench->sink = (float)old;
@@ -201,13 +239,15 @@ struct loop {
 
 #define LOOP_ENTRY(name, call) {#name, loop_##name, 1, {128, 512, 2048}, false},
 static const struct loop loops[] = {
-    KERNELS(LOOP_ENTRY){"scan_run (a code)", loop_scan_run, SCAN_CELL, {32, 64, 97, 129}, false},
+    KERNELS(LOOP_ENTRY){"scan_spans (code)", loop_scan_spans, SCAN_SUMS, {32, 64, 97, 129}, false},
+    {"spans_near (code)", loop_scan_spans_near, SCAN_SUMS, {32, 64, 97, 129}, false},
     {"scan_rows (a code)", loop_scan_rows, SCAN_LIST, {32, 64, 97, 129}, false},
     {"scan_near (a code)", loop_scan_near, SCAN_LIST, {32, 64, 97, 129}, false},
     {"scan_below (a sum)", loop_scan_below, BELOW_COUNT, {1, 10, 100}, false},
-    {"table_fill", loop_table_fill, 1, {32, 64, 97, 129}, true},
+    {"scan_nth", loop_scan_nth, 1, {100, 1000}, false},
+    {"table_fill", loop_table_fill, 1, {32, 64, 97, 129}, false},
     {"candidates (each)", loop_candidates, BURST *BURSTS, {50, 200, 1000}, true},
-    {"marks (each)", loop_marks, MARKS, {1}, true},
+    {"pages (each)", loop_pages, PAGES, {1}, true},
 };
 
 static double measure(struct bench *bench, const struct loop *loop)
@@ -243,19 +283,20 @@ static int bench_init(struct bench *bench)
     bench->a = malloc(VECTORS * VECTOR_BYTES);
     bench->b = malloc(VECTORS * VECTOR_BYTES);
     bench->lookup = malloc(DIM_MAX * 256 * sizeof(float));
-    bench->codes = malloc((size_t)SCAN_CODES * SCAN_CHUNKS_MAX);
+    bench->codes = aligned_alloc(HUGE_PAGE, CODE_BYTES);
     bench->out = malloc(DIM_MAX * sizeof(float));
     bench->entries = aligned_alloc(64, SCAN_CHUNKS_MAX * 256 * sizeof(uint16_t));
     bench->scan_rows = malloc(SCAN_LISTS * SCAN_LIST * sizeof(uint32_t));
     bench->near_rows = malloc(SCAN_LISTS * SCAN_LIST * sizeof(uint32_t));
-    bench->sums = malloc(BELOW_COUNT * sizeof(uint16_t));
+    bench->sums = malloc(SCAN_SUMS * sizeof(uint16_t));
     bench->hits = malloc(BELOW_COUNT * sizeof(uint32_t));
     if (!bench->a || !bench->b || !bench->lookup || !bench->codes || !bench->out ||
         !bench->entries || !bench->scan_rows || !bench->near_rows || !bench->sums || !bench->hits)
         return -1;
-    if (candidate_list_init(&bench->list, 1000, 256, &err) < 0 ||
-        mark_set_init(&bench->marks, MARKS, &err) < 0)
+    if (candidate_list_init(&bench->list, 1000, &err) < 0 ||
+        page_set_init(&bench->pages, PAGES, &err) < 0)
         return -1;
+    madvise(bench->codes, CODE_BYTES, MADV_HUGEPAGE); /* as a search's are; it may be refused */
     random_init(&random, 1, 0);
     for (uint32_t i = 0; i < VECTORS * VECTOR_BYTES / 2; i++) {
         /* Halves, pairs of halves read as a float, and single bytes: all finite, none denormal. */
@@ -292,7 +333,7 @@ static void bench_release(struct bench *bench)
     free(bench->sums);
     free(bench->hits);
     candidate_list_release(&bench->list);
-    mark_set_release(&bench->marks);
+    page_set_release(&bench->pages);
 }
 
 int main(int argc, char **argv)

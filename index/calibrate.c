@@ -81,6 +81,7 @@ struct walk {
 
 /* A worker's. */
 struct crew {
+    struct walk_scratch *scratch;
     struct walk walks[WALKS];
     struct error error;
 };
@@ -195,11 +196,14 @@ static void crew_release(struct crew *crew)
         free(crew->walks[w].hits);
         free(crew->walks[w].moments);
     }
+    walk_scratch_free(crew->scratch);
 }
 
 /* By the worker itself, on its first range. */
 static int crew_prepare(const struct run *run, struct crew *crew)
 {
+    if (!crew->scratch && walk_scratch_new(&run->limits, &crew->scratch, &crew->error) < 0)
+        return -1;
     for (uint32_t w = 0; w < WALKS; w++) {
         struct walk *walk = &crew->walks[w];
 
@@ -216,7 +220,7 @@ static int crew_prepare(const struct run *run, struct crew *crew)
             walk->moments = NULL;
             return error_set(&crew->error, ERR_NOMEM, "no memory for the traces of a walk");
         }
-        if (disk_search_new(&run->limits, &walk->search, &crew->error) < 0)
+        if (disk_search_new(&run->limits, crew->scratch, &walk->search, &crew->error) < 0)
             return -1;
     }
     return 0;

@@ -1,83 +1,89 @@
-/* candidate_list: what a walk over a segment holds: the nearest nodes it knows of, estimated or
- * read, and which pages and cells it has seen.
+/* candidate_list: what a walk over a segment knows: the nodes it might read, how far those are that
+ * it has scored, and which pages and cells it has seen.
  *
- * Additions are gathered and merged into the sorted list in one pass, since they come in bursts: a
- * page's nodes, the neighbours of all that was expanded. Scratch of one search: allocated once. */
+ * Scratch of one search: allocated once, cleared before each query. */
 #ifndef ANND_INDEX_CANDIDATE_LIST_H
 #define ANND_INDEX_CANDIDATE_LIST_H
 
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "index/list_kernels.h"
 #include "storage/base/error.h"
 
-enum listed_state {
-    LISTED_UNREAD = 0,   /* an estimate */
-    LISTED_WANTED = 1,   /* an estimate; its page is in flight */
-    LISTED_LOADED = 2,   /* exact distance, edges not followed yet */
-    LISTED_EXPANDED = 3, /* exact distance, edges followed */
-    LISTED_GONE = 4      /* an estimate whose page was scored: dropped by the next merge */
-};
-
-struct listed {
-    float distance; /* never NaN */
-    uint32_t position;
-    uint32_t page;
-    float spread; /* standard error of an estimate; 0 when exact */
-    enum listed_state state;
-};
-
-/* The `limit` nearest, ascending by (distance, position). */
+/* Candidates: nodes known by their codes, whose page has not been asked for. At least the `limit`
+ * nearest of all that were added, in no order. */
 struct candidate_list {
-    struct listed *items;
+    const struct list_kernels *kernels;
+    struct candidate_columns columns;
     uint32_t count;
     uint32_t limit;
-    uint32_t capacity;
-    struct listed *spare; /* the other buffer of the merge */
-    struct listed *fresh; /* added since the last merge, in any order */
-    uint32_t fresh_count;
-    uint32_t fresh_max;
-    bool gone; /* an item may be GONE: whoever marks one says so */
+    uint32_t room;     /* count at which the list is cut back to its limit */
+    uint32_t capacity; /* largest limit */
+    float bound;       /* nothing beyond it enters */
 };
 
-/* capacity: largest limit; fresh_max: additions held before a merge is forced. ERR_NOMEM. */
-int candidate_list_init(struct candidate_list *list, uint32_t capacity, uint32_t fresh_max,
-                        struct error *err);
+/* capacity: largest limit. ERR_NOMEM. */
+int candidate_list_init(struct candidate_list *list, uint32_t capacity, struct error *err);
 void candidate_list_release(struct candidate_list *list);
-uint64_t candidate_list_memory_bytes(uint32_t capacity, uint32_t fresh_max);
+uint64_t candidate_list_memory_bytes(uint32_t capacity);
 void candidate_list_clear(struct candidate_list *list, uint32_t limit);
+/* Drops all but the `limit` nearest, and lets nothing farther in from now on. */
+void candidate_list_cut(struct candidate_list *list);
 
-/* Sorts what was added into the list, drops what is GONE, and of an estimate that is there already
- * (same position and distance) the newer. */
-void candidate_list_merge(struct candidate_list *list);
-
-/* False when an item at this distance could not enter. */
-static inline bool candidate_list_admits(const struct candidate_list *list, float distance)
+/* Adds a candidate unless it is too far or there already. distance: not NaN; sharpness: one over
+ * its standard error, finite. */
+static inline void candidate_list_add(struct candidate_list *list, float distance, float sharpness,
+                                      uint32_t position, uint32_t page)
 {
-    return list->count < list->limit || distance <= list->items[list->count - 1].distance;
-}
+    const struct candidate_columns *columns = &list->columns;
 
-static inline void candidate_list_add(struct candidate_list *list, float distance,
-                                      uint32_t position, uint32_t page, float spread,
-                                      enum listed_state state)
-{
-    if (!candidate_list_admits(list, distance))
+    if (distance > list->bound ||
+        list->kernels->find(columns->position, list->count, position) != LIST_NONE)
         return;
-    if (list->fresh_count == list->fresh_max)
-        candidate_list_merge(list);
-    list->fresh[list->fresh_count++] = (struct listed){distance, position, page, spread, state};
+    if (list->count == list->room)
+        candidate_list_cut(list);
+    columns->distance[list->count] = distance;
+    columns->sharpness[list->count] = sharpness;
+    columns->position[list->count] = position;
+    columns->page[list->count] = page;
+    list->count++;
 }
 
-/* Numbers seen by one search, each with a value: an open-addressed table whose entries carry the
- * search's number, so that starting anew costs nothing. */
-struct mark {
-    uint32_t epoch;
-    uint32_t number;
-    uint32_t value;
+/* Distances of the nodes scored so far: at least the `limit` least, in no order. */
+struct scored_list {
+    const struct list_kernels *kernels;
+    float *distances;
+    uint32_t count;
+    uint32_t limit;
+    uint32_t room;
+    float bound; /* what lies beyond it is not kept */
 };
 
-struct mark_set {
-    struct mark *marks;
+int scored_list_init(struct scored_list *list, uint32_t capacity, struct error *err);
+void scored_list_release(struct scored_list *list);
+uint64_t scored_list_memory_bytes(uint32_t capacity);
+void scored_list_clear(struct scored_list *list, uint32_t limit);
+void scored_list_cut(struct scored_list *list);
+
+static inline void scored_list_add(struct scored_list *list, float distance)
+{
+    if (distance > list->bound)
+        return;
+    if (list->count == list->room)
+        scored_list_cut(list);
+    list->distances[list->count++] = distance;
+}
+
+/* Pages seen by one search: an open-addressed table whose entries carry the search's number, so
+ * that starting anew costs nothing. */
+struct page_mark {
+    uint32_t epoch;
+    uint32_t page;
+};
+
+struct page_set {
+    struct page_mark *marks;
     uint32_t mask; /* of the part in use, which grows with the search: a short one stays in cache */
     uint32_t shift;
     uint32_t size;
@@ -85,43 +91,55 @@ struct mark_set {
     uint32_t epoch;
 };
 
-/* Room for `expected` marks at a load of a half at most, and empty for as many. ERR_NOMEM. */
-int mark_set_init(struct mark_set *set, uint32_t expected, struct error *err);
-void mark_set_release(struct mark_set *set);
-uint64_t mark_set_memory_bytes(uint32_t expected);
-void mark_set_clear(struct mark_set *set);
-/* Doubles the part in use; false when there is no more. Entries move. */
-bool mark_set_grow(struct mark_set *set);
+/* Room for `expected` pages at a load of a half at most, and empty for as many. ERR_NOMEM. */
+int page_set_init(struct page_set *set, uint32_t expected, struct error *err);
+void page_set_release(struct page_set *set);
+uint64_t page_set_memory_bytes(uint32_t expected);
+void page_set_clear(struct page_set *set);
+/* False when the set is full (three quarters): the search has seen its fill. */
+bool page_set_add(struct page_set *set, uint32_t page);
 
-/* The entry of `number`, or the free one where it belongs (mark_is_set tells). */
-static inline struct mark *mark_set_find(const struct mark_set *set, uint32_t number)
+static inline struct page_mark *page_set_place(const struct page_set *set, uint32_t page)
 {
-    uint32_t i = (number * 2654435769u) >> set->shift; /* 2^32 / golden ratio */
+    uint32_t i = (page * 2654435769u) >> set->shift; /* 2^32 / golden ratio */
 
-    while (set->marks[i].epoch == set->epoch && set->marks[i].number != number)
+    while (set->marks[i].epoch == set->epoch && set->marks[i].page != page)
         i = (i + 1) & set->mask;
     return &set->marks[i];
 }
 
-static inline bool mark_is_set(const struct mark_set *set, const struct mark *mark)
+static inline bool page_set_has(const struct page_set *set, uint32_t page)
 {
-    return mark->epoch == set->epoch;
+    return page_set_place(set, page)->epoch == set->epoch;
 }
 
-/* Fills the entry that mark_set_find gave; other entries may move. False when the set is full
- * (three quarters): the search has seen its fill. */
-static inline bool mark_set_put(struct mark_set *set, struct mark *mark, uint32_t number,
-                                uint32_t value)
+/* Cells scanned by one search, which every edge is asked about: buckets of four, without branches.
+ * The set may forget: a cell that finds its bucket full is left out, and a neighbour in it is
+ * estimated a second time, which the list recognises. */
+struct cell_set {
+    uint32_t *buckets; /* x CELL_BUCKET; a cell's number plus one, 0: free */
+    uint32_t shift;    /* 32 - log2(buckets in use) */
+    uint32_t size;     /* buckets */
+};
+
+#define CELL_BUCKET 4u
+
+/* ERR_NOMEM. */
+int cell_set_init(struct cell_set *set, uint32_t expected, struct error *err);
+void cell_set_release(struct cell_set *set);
+uint64_t cell_set_memory_bytes(uint32_t expected);
+/* Empties it, for up to `expected` cells. */
+void cell_set_clear(struct cell_set *set, uint32_t expected);
+void cell_set_add(struct cell_set *set, uint32_t cell);
+
+static inline bool cell_set_has(const struct cell_set *set, uint32_t cell)
 {
-    if (mark->epoch != set->epoch) {
-        if (set->count > set->mask / 2 && mark_set_grow(set))
-            mark = mark_set_find(set, number);
-        if (set->count >= set->mask / 4 * 3)
-            return false;
-        set->count++;
-    }
-    *mark = (struct mark){set->epoch, number, value};
-    return true;
+    const uint32_t *bucket =
+        set->buckets + (uint64_t)((cell * 2654435769u) >> set->shift) * CELL_BUCKET;
+    uint32_t number = cell + 1;
+
+    return (bucket[0] == number) | (bucket[1] == number) | (bucket[2] == number) |
+           (bucket[3] == number);
 }
 
 #endif

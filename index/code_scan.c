@@ -7,12 +7,17 @@
  * A query's table is put on the integer scale with arithmetic that compilers turn into vectors on
  * any machine: a number below 2^22 added to 1.5 * 2^23 leaves, in the low bits of the sum, that
  * number rounded to the nearest integer. The greatest entry of a chunk is computed just as the
- * entries are, so their total, the greatest sum, is known before any entry is written. Until then
- * a chunk's least and greatest share stand where its entries will. */
+ * entries are, so their total, the greatest sum, is known before any entry is written. Until then a
+ * chunk's least share stands in front of where its entries will, and the widths of 64 chunks stand
+ * together behind that of one of them.
+ *
+ * The nth smallest sum is found by counting: of each upper byte first, then of the lower bytes
+ * under the upper byte that the nth has. */
 #include "index/code_scan.h"
 
 #include <assert.h>
 #include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -24,95 +29,117 @@
 #define SUM_MAX 65535u
 #define ROUNDER 12582912.0f /* 1.5 * 2^23 */
 #define ROUNDER_BITS 0x4b400000u
-#define SCALE_HALVINGS 10u /* of an interval of a percent or less */
-#define PREFETCH_ROWS 8u   /* how far ahead */
+#define SCALE_HALVINGS 10u   /* of an interval of a percent or less */
+#define WIDTHS (ENTRIES / 4) /* floats in half of a chunk's entries */
+#define PREFETCH_ROWS 8u     /* how far ahead */
 #define CACHE_LINE 64u
 
-struct range {
-    float least, greatest;
-};
-
-#if defined(__SSE2__)
-/* By hand: compilers leave the loop below to single floats, which doubles the time of a fill. */
-static struct range range_of(const float *shares)
+/* x below 2^22, as the header of the file says; low 16 bits 0 if it is no number. */
+static inline uint32_t rounded(float x)
 {
-    __m128 least[4], greatest[4];
-    float lanes[2][4];
-    struct range range;
-
-    for (uint32_t v = 0; v < 4; v++)
-        least[v] = greatest[v] = _mm_loadu_ps(shares + 4 * v);
-    for (uint32_t i = 16; i < ENTRIES; i += 16) {
-        for (uint32_t v = 0; v < 4; v++) {
-            __m128 four = _mm_loadu_ps(shares + i + 4 * v);
-
-            least[v] = _mm_min_ps(least[v], four);
-            greatest[v] = _mm_max_ps(greatest[v], four);
-        }
-    }
-    _mm_storeu_ps(lanes[0],
-                  _mm_min_ps(_mm_min_ps(least[0], least[1]), _mm_min_ps(least[2], least[3])));
-    _mm_storeu_ps(lanes[1], _mm_max_ps(_mm_max_ps(greatest[0], greatest[1]),
-                                       _mm_max_ps(greatest[2], greatest[3])));
-    range.least = lanes[0][0];
-    range.greatest = lanes[1][0];
-    for (uint32_t l = 1; l < 4; l++) {
-        range.least = lanes[0][l] < range.least ? lanes[0][l] : range.least;
-        range.greatest = lanes[1][l] > range.greatest ? lanes[1][l] : range.greatest;
-    }
-    return range;
-}
-#else
-static struct range range_of(const float *shares)
-{
-    struct range range = {shares[0], shares[0]};
-
-    for (uint32_t i = 1; i < ENTRIES; i++) {
-        range.least = shares[i] < range.least ? shares[i] : range.least;
-        range.greatest = shares[i] > range.greatest ? shares[i] : range.greatest;
-    }
-    return range;
-}
-#endif
-
-static void range_put(const struct code_table *table, uint32_t c, struct range range)
-{
-    memcpy(table->entries + (size_t)c * ENTRIES, &range, sizeof range);
-}
-
-static struct range range_get(const struct code_table *table, uint32_t c)
-{
-    struct range range;
-
-    memcpy(&range, table->entries + (size_t)c * ENTRIES, sizeof range);
-    return range;
-}
-
-/* halver is 1, or 1/2 where a difference of shares might not fit a float. */
-static inline uint32_t entry_of(float share, float least, float halver, float scale)
-{
-    float rounded = (share * halver - least * halver) * scale + ROUNDER;
+    float sum = x + ROUNDER;
     uint32_t bits;
 
-    memcpy(&bits, &rounded, sizeof bits);
+    memcpy(&bits, &sum, sizeof bits);
     return bits - ROUNDER_BITS;
 }
 
-static uint64_t greatest_sum(const struct code_table *table, float halver, float scale)
+#if defined(__SSE2__)
+/* By hand: compilers leave these loops to single floats, or take detours to pack 16 bits. */
+static void base_range(const float *shares, float *least, float *greatest)
+{
+    __m128 low[4], high[4];
+    float lanes[2][4];
+
+    for (uint32_t v = 0; v < 4; v++) {
+        low[v] = _mm_set1_ps(INFINITY);
+        high[v] = _mm_set1_ps(-INFINITY);
+    }
+    for (uint32_t i = 0; i < ENTRIES; i += 16) {
+        for (uint32_t v = 0; v < 4; v++) {
+            __m128 four = _mm_loadu_ps(shares + i + 4 * v);
+
+            low[v] = _mm_min_ps(four, low[v]); /* in this order: skips what is no number */
+            high[v] = _mm_max_ps(four, high[v]);
+        }
+    }
+    _mm_storeu_ps(lanes[0], _mm_min_ps(_mm_min_ps(low[0], low[1]), _mm_min_ps(low[2], low[3])));
+    _mm_storeu_ps(lanes[1], _mm_max_ps(_mm_max_ps(high[0], high[1]), _mm_max_ps(high[2], high[3])));
+    *least = lanes[0][0];
+    *greatest = lanes[1][0];
+    for (uint32_t l = 1; l < 4; l++) {
+        *least = lanes[0][l] < *least ? lanes[0][l] : *least;
+        *greatest = lanes[1][l] > *greatest ? lanes[1][l] : *greatest;
+    }
+}
+
+static void base_entries(const float *shares, float least, float scale, uint16_t *entries)
+{
+    __m128 leasts = _mm_set1_ps(least), scales = _mm_set1_ps(scale);
+    __m128i half = _mm_set1_epi32(32768); /* packing saturates signed numbers */
+
+    for (uint32_t i = 0; i < ENTRIES; i += 8) {
+        __m128 a = _mm_mul_ps(_mm_sub_ps(_mm_loadu_ps(shares + i), leasts), scales);
+        __m128 b = _mm_mul_ps(_mm_sub_ps(_mm_loadu_ps(shares + i + 4), leasts), scales);
+        __m128i eight = _mm_packs_epi32(_mm_sub_epi32(_mm_cvtps_epi32(a), half),
+                                        _mm_sub_epi32(_mm_cvtps_epi32(b), half));
+
+        _mm_storeu_si128((__m128i *)(void *)(entries + i),
+                         _mm_xor_si128(eight, _mm_set1_epi16(INT16_MIN)));
+    }
+}
+#else
+static void base_range(const float *shares, float *least, float *greatest)
+{
+    *least = INFINITY;
+    *greatest = -INFINITY;
+    for (uint32_t i = 0; i < ENTRIES; i++) {
+        *least = shares[i] < *least ? shares[i] : *least;
+        *greatest = shares[i] > *greatest ? shares[i] : *greatest;
+    }
+}
+
+static void base_entries(const float *shares, float least, float scale, uint16_t *entries)
+{
+    for (uint32_t i = 0; i < ENTRIES; i++)
+        entries[i] = (uint16_t)rounded((shares[i] - least) * scale);
+}
+#endif
+
+static const struct code_fill_passes base_passes = {base_range, base_entries};
+
+/* Where the entries of chunk c / WIDTHS will stand, halfway through: room for a float a chunk. */
+static void *width_at(const struct code_table *table, uint32_t c)
+{
+    return table->entries + (size_t)(c / WIDTHS) * ENTRIES + ENTRIES / 2 + 2 * (c % WIDTHS);
+}
+
+static void width_put(const struct code_table *table, uint32_t c, float width)
+{
+    memcpy(width_at(table, c), &width, sizeof width);
+}
+
+/* The greatest sum that the table can give. */
+static uint64_t greatest_sum(const struct code_table *table, float scale)
 {
     uint64_t sum = 0;
 
-    for (uint32_t c = 0; c < table->chunk_count; c++) {
-        struct range range = range_get(table, c);
+    for (uint32_t c = 0; c < table->chunk_count; c += WIDTHS) {
+        uint32_t left = table->chunk_count - c < WIDTHS ? table->chunk_count - c : WIDTHS;
+        float widths[WIDTHS];
+        uint32_t part = 0; /* of so few it fits, and 32 bits are added in vectors */
 
-        sum += entry_of(range.greatest, range.least, halver, scale);
+        memcpy(widths, width_at(table, c), left * sizeof *widths);
+        for (uint32_t i = 0; i < left; i++)
+            part += rounded(widths[i] * scale);
+        sum += part;
     }
     return sum;
 }
 
 /* The greatest scale at which no sum exceeds SUM_MAX. Rounding moves a sum by half a unit a chunk
  * at most, which is where the search starts and ends. */
-static float greatest_scale(const struct code_table *table, float halver, double spread)
+static float greatest_scale(const struct code_table *table, double spread)
 {
     double slack = table->chunk_count / 2.0 + 1, ceiling = 1.0 / FLT_MIN;
     double low = (SUM_MAX - slack) / spread, high = (SUM_MAX + slack) / spread;
@@ -124,7 +151,7 @@ static float greatest_scale(const struct code_table *table, float halver, double
     for (uint32_t i = 0; i < SCALE_HALVINGS; i++) {
         float middle = (float)((scale + high) / 2);
 
-        if (greatest_sum(table, halver, middle) <= SUM_MAX)
+        if (greatest_sum(table, middle) <= SUM_MAX)
             scale = middle;
         else
             high = middle;
@@ -132,7 +159,15 @@ static float greatest_scale(const struct code_table *table, float halver, double
     return scale;
 }
 
-void code_table_fill(struct code_table *table, const float *shares, uint32_t chunk_count)
+/* Shares of which a difference might not fit a float. */
+static void halved_entries(const float *shares, float least, float scale, uint16_t *entries)
+{
+    for (uint32_t i = 0; i < ENTRIES; i++)
+        entries[i] = (uint16_t)rounded((shares[i] * 0.5f - least * 0.5f) * scale);
+}
+
+void code_scan_fill(struct code_table *table, const float *shares, uint32_t chunk_count,
+                    const struct code_fill_passes *passes)
 {
     double offset = 0, spread = 0;
     float halver = 1, scale;
@@ -140,12 +175,14 @@ void code_table_fill(struct code_table *table, const float *shares, uint32_t chu
     assert(chunk_count <= DISTANCE_DIM_MAX); /* what the search of the scale has room for */
     table->chunk_count = chunk_count;
     for (uint32_t c = 0; c < chunk_count; c++) {
-        struct range range = range_of(shares + (size_t)c * ENTRIES);
+        float least, greatest;
 
-        range_put(table, c, range);
-        offset += (double)range.least;
-        spread += (double)range.greatest - (double)range.least;
-        if (range.greatest > FLT_MAX / 2 || range.least < -FLT_MAX / 2)
+        passes->range(shares + (size_t)c * ENTRIES, &least, &greatest);
+        memcpy(table->entries + (size_t)c * ENTRIES, &least, sizeof least);
+        width_put(table, c, greatest - least);
+        offset += (double)least;
+        spread += (double)greatest - (double)least;
+        if (greatest > FLT_MAX / 2 || least < -FLT_MAX / 2)
             halver = 0.5f;
     }
     table->offset = (float)offset;
@@ -155,16 +192,36 @@ void code_table_fill(struct code_table *table, const float *shares, uint32_t chu
             memset(table->entries, 0, (size_t)chunk_count * ENTRIES * sizeof(*table->entries));
         return;
     }
-    scale = greatest_scale(table, halver, spread * (double)halver);
+    if (halver < 1) {
+        for (uint32_t c = 0; c < chunk_count; c++) {
+            float least, greatest;
+
+            passes->range(shares + (size_t)c * ENTRIES, &least, &greatest);
+            width_put(table, c, greatest * halver - least * halver);
+        }
+    }
+    scale = greatest_scale(table, spread * (double)halver);
     table->step = (float)(1.0 / ((double)halver * (double)scale));
     for (uint32_t c = 0; c < chunk_count; c++) {
-        const float *chunk = shares + (size_t)c * ENTRIES;
-        uint16_t *entries = table->entries + (size_t)c * ENTRIES;
-        float least = range_get(table, c).least;
+        void (*write)(const float *, float, float, uint16_t *) =
+            halver < 1 ? halved_entries : passes->entries;
 
-        for (uint32_t i = 0; i < ENTRIES; i++)
-            entries[i] = (uint16_t)entry_of(chunk[i], least, halver, scale);
+        uint16_t *entries = table->entries + (size_t)c * ENTRIES;
+        float least;
+
+        memcpy(&least, entries, sizeof least);
+        write(shares + (size_t)c * ENTRIES, least, scale, entries);
     }
+}
+
+static void base_fill(struct code_table *table, const float *shares, uint32_t chunk_count)
+{
+    code_scan_fill(table, shares, chunk_count, &base_passes);
+}
+
+void code_table_fill(struct code_table *table, const float *shares, uint32_t chunk_count)
+{
+    code_scan_kernels_best()->fill(table, shares, chunk_count);
 }
 
 static inline uint16_t sum_of(const uint16_t *entries, uint32_t chunk_count, const uint8_t *code)
@@ -191,13 +248,16 @@ static inline uint16_t sum_of(const uint16_t *entries, uint32_t chunk_count, con
     return (uint16_t)(sum0 + sum1 + sum2 + sum3);
 }
 
-static void scalar_run(const uint16_t *entries, uint32_t chunk_count, const uint8_t *codes,
-                       uint64_t code_stride, uint64_t first, uint32_t count, uint16_t *sums)
+static void scalar_spans(const uint16_t *entries, uint32_t chunk_count, const uint8_t *codes,
+                         uint64_t code_stride, const struct code_span *spans, uint32_t span_count,
+                         uint16_t *sums)
 {
-    const uint8_t *code = codes + first * code_stride;
+    for (uint32_t s = 0; s < span_count; s++) {
+        const uint8_t *code = codes + spans[s].first * code_stride;
 
-    for (uint32_t i = 0; i < count; i++, code += code_stride)
-        sums[i] = sum_of(entries, chunk_count, code);
+        for (uint32_t i = 0; i < spans[s].count; i++, code += code_stride)
+            *sums++ = sum_of(entries, chunk_count, code);
+    }
 }
 
 static void prefetch_code(const uint8_t *code, uint32_t chunk_count)
@@ -232,19 +292,56 @@ static uint32_t scalar_below(const uint16_t *sums, uint32_t count, uint16_t limi
     return found;
 }
 
+/* The value at which the running total of counts reaches nth, which loses what came before. */
+static uint32_t value_of_nth(const uint32_t counts[256], uint32_t *nth)
+{
+    uint32_t value = 0;
+
+    while (counts[value] < *nth)
+        *nth -= counts[value++];
+    return value;
+}
+
+static uint16_t scalar_nth(const uint16_t *sums, uint32_t count, uint32_t nth)
+{
+    uint32_t counts[2][256]; /* by turns, so that equal bytes do not wait for each other */
+    uint32_t upper;
+    uint32_t i = 0;
+
+    assert(nth >= 1 && nth <= count);
+    memset(counts, 0, sizeof counts);
+    for (; i + 2 <= count; i += 2) {
+        counts[0][sums[i] >> 8]++;
+        counts[1][sums[i + 1] >> 8]++;
+    }
+    if (i < count)
+        counts[0][sums[i] >> 8]++;
+    for (uint32_t value = 0; value < 256; value++)
+        counts[0][value] += counts[1][value];
+    upper = value_of_nth(counts[0], &nth);
+    memset(counts[0], 0, sizeof counts[0]);
+    for (i = 0; i < count; i++)
+        counts[0][sums[i] & 255] += sums[i] >> 8 == upper; /* a branch was slower */
+    return (uint16_t)(upper << 8 | value_of_nth(counts[0], &nth));
+}
+
 static const struct code_scan_kernels scalar_kernels = {
     .name = "scalar",
-    .run = scalar_run,
+    .spans = scalar_spans,
     .rows = code_scan_scalar_rows,
     .below = scalar_below,
+    .nth = scalar_nth,
+    .fill = base_fill,
 };
 
 /* The same functions under the name of the set that they stand in for. */
 static const struct code_scan_kernels avx2_kernels = {
     .name = "avx2",
-    .run = scalar_run,
+    .spans = scalar_spans,
     .rows = code_scan_scalar_rows,
     .below = scalar_below,
+    .nth = scalar_nth,
+    .fill = base_fill,
 };
 
 const struct code_scan_kernels *code_scan_kernels_for(enum isa isa)

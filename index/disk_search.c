@@ -1,28 +1,27 @@
 /* How the walk works.
  *
  * Seeds: the nearest cells are ranked by their centroids and their codes scanned in one pass; the
- * best of them fill the candidate list. (The graph's entry point is there too, for data where the
+ * best of them are the first candidates. (The graph's entry point is there too, for data where the
  * cells mislead.)
  *
- * The list holds up to search_list nodes, nearest first. A candidate enters with an estimate from
- * its code; when its page is read, the exact distance takes the estimate's place, and so do those
- * of every other node on the page. Then all loaded nodes that rank in the list's nearer part are
- * expanded: their neighbours are estimated in one batch and enter the list. Pages in memory cost no
- * read, so all that rank are worked off first. Only when nothing loaded is left to expand does the
- * query ask for more pages, those of its best unread candidates, up to beam_width in flight. So a
- * page's buffer is free again as soon as the page has been worked off.
+ * A candidate is a node known by its code, whose page has not been asked for (candidate_list.h).
+ * When a page arrives, every node on it is scored from its stored vector, and those that rank in
+ * the nearer part of all that is known, scored or not, are expanded: their neighbours are estimated
+ * in one batch and become candidates. Pages in memory cost no read, so all whose candidates rank so
+ * are worked off first. Only when nothing loaded is left to expand does the query ask for more
+ * pages, those of its best candidates, up to beam_width in flight; with that, all candidates of
+ * such a page leave the list. So a page's buffer is free again as soon as the page has been worked
+ * off.
  *
- * Before each read the rule is asked (walk_rule.h). Candidates whose page is in flight do not
- * count: the question is what one more read would bring. Should an arrival bring new candidates,
- * reading goes on.
+ * Before each read the rule is asked (walk_rule.h): what would one more read bring? Without one, a
+ * walk ends when search_list scored nodes are nearer than the best candidate.
  *
  * Pages are worked off in the order they were asked for, whatever order they arrive in: the answer
  * is a function of the index and the query alone.
  *
- * What was seen is kept three ways. The sets of pages and of scanned cells are exact: a neighbour
- * on a page that was read or is in flight is scored there, one in a scanned cell was estimated
- * there. The filter of estimated positions forgets; a position that is estimated again gets the
- * same number and is recognised in the list. */
+ * What was seen is kept three ways. The set of pages is exact: a neighbour on a page that was read
+ * or is in flight is scored there. The set of scanned cells and the filter of estimated positions
+ * may forget; a position that is estimated again is recognised in the list. */
 #include "index/disk_search.h"
 
 #include <assert.h>
@@ -37,13 +36,16 @@
 #include "storage/file.h"
 
 #define BATCH_MAX 2048u        /* neighbours estimated at once */
-#define SCAN_RUN 512u          /* codes scanned at once */
+#define SCAN_MAX 16384u        /* codes scanned at once */
+#define SPANS_MAX 1024u        /* runs of them */
+#define BELOW_MAX 1024u        /* sums looked through at once */
 #define VISITED_EXPECTED 1024u /* estimated neighbours of a usual walk */
 #define RESIDENT_BATCH 8u      /* pages in memory worked off at once */
 #define BURST_MIN 16u          /* buffers for exact_scores */
 #define LINE_BYTES 64u
 /* Nodes beyond this part of the list are not expanded: they rank too low to lead anywhere new. */
 #define EXPAND_PART 2u
+#define SHARPEST 1e30f /* of an estimate without error */
 
 struct page_slot {
     struct reader_read read;
@@ -54,28 +56,41 @@ struct page_slot {
     bool arrived;
 };
 
+/* What no search needs from one step to the next: one for all searches of a thread, so that it
+ * stays in cache. */
+struct walk_scratch {
+    struct disk_search_limits limits;
+    float *floats; /* of quantiser_table */
+    void *cell_scratch;
+    uint32_t *cells; /* ascending */
+    struct code_span spans[SPANS_MAX];
+    uint16_t sums[SCAN_MAX];
+    uint32_t below[BATCH_MAX];
+    uint32_t batch[BATCH_MAX];
+    uint32_t neighbours[PAGE_DEGREE_MAX];
+    float distances[RESIDENT_BATCH * PAGE_CAPACITY_MAX];
+    uint32_t shares[SHARE_STEPS]; /* P(an estimate's node is nearer than a bound) by their gap */
+};
+
 struct disk_search {
     struct disk_search_limits limits;
+    struct walk_scratch *scratch;
     const struct disk_index *index;
     struct search_params params;
     struct store_query query;
     struct code_table table;
     const struct code_scan_kernels *scan;
-    float *scratch;
-    void *cell_scratch;
-    uint32_t *cells; /* ascending */
-    uint32_t cell_count;
+    const struct list_kernels *passes;
 
     struct candidate_list list;
+    struct scored_list scored;
     struct search_hit *hits; /* ascending by (distance, key) */
     uint32_t hit_count;
     uint32_t hidden; /* UINT32_MAX: none */
 
-    struct mark_set pages;
-    struct mark_set scanned;
+    struct page_set pages; /* asked for, or worked off from memory */
+    struct cell_set scanned;
     struct visited visited;
-    uint64_t *seeds; /* sum << 32 | position, of scanned codes */
-    uint32_t seed_max;
 
     struct page_slot *slots;
     uint8_t *buffers;
@@ -96,13 +111,9 @@ struct disk_search {
     uint32_t quiet;      /* the last of them that brought no new hit */
     bool hits_changed;
     bool scoring; /* the walk is over, originals are being read */
-    uint32_t scored;
+    uint32_t originals;
 
-    uint32_t neighbours[PAGE_DEGREE_MAX];
-    uint32_t batch[BATCH_MAX];
-    uint32_t batch_count;
-    uint16_t sums[BATCH_MAX];
-    uint32_t below[BATCH_MAX];
+    uint32_t batch_count; /* 0 between two steps */
     float estimate_scale; /* estimate = (offset + step * sum) * scale */
     float spread_factor;
 
@@ -153,23 +164,22 @@ void disk_search_limits_raise(struct disk_search_limits *limits, const struct di
         limits->cell_scratch_bytes_max = cells;
 }
 
-/* Seeds are cut back to the list's length whenever twice as many, and a run, have gathered. */
-static uint32_t seeds_max(const struct disk_search_limits *limits)
-{
-    return 2 * list_capacity(limits) + SCAN_RUN;
-}
-
 uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits)
 {
+    uint32_t capacity = list_capacity(limits);
+
     return sizeof(struct disk_search) + limits->dim_max * 5ull + limits->table_entries_max * 2 +
-           limits->scratch_floats_max * 4 + limits->cell_scratch_bytes_max +
-           limits->cells_max * 4ull +
-           candidate_list_memory_bytes(list_capacity(limits), BATCH_MAX) +
+           candidate_list_memory_bytes(capacity) + scored_list_memory_bytes(capacity) +
            limits->k_max * sizeof(struct search_hit) +
-           mark_set_memory_bytes(pages_expected(list_capacity(limits))) +
-           mark_set_memory_bytes(limits->cells_max) + visited_memory_bytes(VISITED_EXPECTED) +
-           seeds_max(limits) * 8ull +
+           page_set_memory_bytes(pages_expected(capacity)) +
+           cell_set_memory_bytes(limits->cells_max) + visited_memory_bytes(VISITED_EXPECTED) +
            slots_of(limits) * (sizeof(struct page_slot) + 16 + (uint64_t)limits->buffer_bytes_max);
+}
+
+uint64_t walk_scratch_memory_bytes(const struct disk_search_limits *limits)
+{
+    return sizeof(struct walk_scratch) + limits->scratch_floats_max * 4 +
+           limits->cell_scratch_bytes_max + limits->cells_max * 4ull;
 }
 
 static void *aligned(uint64_t bytes)
@@ -177,8 +187,50 @@ static void *aligned(uint64_t bytes)
     return aligned_alloc(LINE_BYTES, (bytes + LINE_BYTES) & ~(uint64_t)(LINE_BYTES - 1));
 }
 
-int disk_search_new(const struct disk_search_limits *limits, struct disk_search **out,
-                    struct error *err)
+/* P(a standard normal is below z), to about 1e-4: all that a stop rule needs. The logistic fit of
+ * Page, "Approximations to the Cumulative Normal Function", 1977. */
+static float normal_below(float z)
+{
+    return 1 / (1 + expf(-z * (1.5957691f + 0.0713535f * z * z)));
+}
+
+int walk_scratch_new(const struct disk_search_limits *limits, struct walk_scratch **out,
+                     struct error *err)
+{
+    struct walk_scratch *scratch = aligned(sizeof *scratch);
+
+    if (!scratch)
+        return error_set(err, ERR_NOMEM, "no memory for the searches of a thread");
+    memset(scratch, 0, sizeof *scratch);
+    scratch->limits = *limits;
+    scratch->floats = aligned(limits->scratch_floats_max * 4);
+    scratch->cell_scratch = aligned(limits->cell_scratch_bytes_max);
+    scratch->cells = malloc((limits->cells_max + 1ull) * sizeof *scratch->cells);
+    if (!scratch->floats || !scratch->cell_scratch || !scratch->cells) {
+        walk_scratch_free(scratch);
+        return error_set(err, ERR_NOMEM, "no memory for the searches of a thread");
+    }
+    for (uint32_t i = 0; i < SHARE_STEPS; i++) { /* at the middle of each step */
+        float gap = ((float)i + 0.5f - SHARE_STEPS / 2) / SHARE_STEPS_A_UNIT;
+
+        scratch->shares[i] = (uint32_t)(normal_below(-gap) * SHARE_ONE + 0.5f);
+    }
+    *out = scratch;
+    return 0;
+}
+
+void walk_scratch_free(struct walk_scratch *scratch)
+{
+    if (!scratch)
+        return;
+    free(scratch->floats);
+    free(scratch->cell_scratch);
+    free(scratch->cells);
+    free(scratch);
+}
+
+int disk_search_new(const struct disk_search_limits *limits, struct walk_scratch *scratch,
+                    struct disk_search **out, struct error *err)
 {
     struct disk_search *s;
 
@@ -197,31 +249,28 @@ int disk_search_new(const struct disk_search_limits *limits, struct disk_search 
         return error_set(err, ERR_NOMEM, "no memory for a search");
     s->limits = *limits;
     s->slot_count = slots_of(limits);
-    s->seed_max = seeds_max(limits);
+    s->scratch = scratch;
     s->query.vector = malloc(limits->dim_max * 4ull + 4);
     s->query.integers = malloc(limits->dim_max + 1ull);
     s->table.entries = aligned(limits->table_entries_max * 2);
-    s->scratch = aligned(limits->scratch_floats_max * 4);
-    s->cell_scratch = aligned(limits->cell_scratch_bytes_max);
-    s->cells = malloc((limits->cells_max + 1ull) * sizeof *s->cells);
-    s->seeds = malloc(s->seed_max * sizeof *s->seeds);
     s->hits = malloc(limits->k_max * sizeof *s->hits);
     s->slots = calloc(s->slot_count, sizeof *s->slots);
     s->flying = malloc(s->slot_count * sizeof *s->flying);
     s->free_slots = malloc(s->slot_count * sizeof *s->free_slots);
     s->wanted = malloc(s->slot_count * sizeof *s->wanted);
     s->buffers = file_buffer_alloc((uint64_t)s->slot_count * limits->buffer_bytes_max);
-    if (!s->query.vector || !s->query.integers || !s->table.entries || !s->scratch ||
-        !s->cell_scratch || !s->cells || !s->seeds || !s->hits || !s->slots || !s->flying ||
-        !s->free_slots || !s->wanted || !s->buffers ||
-        candidate_list_init(&s->list, list_capacity(limits), BATCH_MAX, err) < 0 ||
-        mark_set_init(&s->pages, pages_expected(list_capacity(limits)), err) < 0 ||
-        mark_set_init(&s->scanned, limits->cells_max, err) < 0 ||
+    if (!s->query.vector || !s->query.integers || !s->table.entries || !s->hits || !s->slots ||
+        !s->flying || !s->free_slots || !s->wanted || !s->buffers ||
+        candidate_list_init(&s->list, list_capacity(limits), err) < 0 ||
+        scored_list_init(&s->scored, list_capacity(limits), err) < 0 ||
+        page_set_init(&s->pages, pages_expected(list_capacity(limits)), err) < 0 ||
+        cell_set_init(&s->scanned, limits->cells_max, err) < 0 ||
         visited_init(&s->visited, VISITED_EXPECTED, err) < 0) {
         disk_search_free(s);
         return error_set(err, ERR_NOMEM, "no memory for a search's scratch");
     }
     s->scan = code_scan_kernels_best();
+    s->passes = list_kernels_best();
     *out = s;
     return 0;
 }
@@ -233,10 +282,6 @@ void disk_search_free(struct disk_search *s)
     free(s->query.vector);
     free(s->query.integers);
     free(s->table.entries);
-    free(s->scratch);
-    free(s->cell_scratch);
-    free(s->cells);
-    free(s->seeds);
     free(s->hits);
     free(s->slots);
     free(s->flying);
@@ -244,8 +289,9 @@ void disk_search_free(struct disk_search *s)
     free(s->wanted);
     free(s->buffers);
     candidate_list_release(&s->list);
-    mark_set_release(&s->pages);
-    mark_set_release(&s->scanned);
+    scored_list_release(&s->scored);
+    page_set_release(&s->pages);
+    cell_set_release(&s->scanned);
     visited_release(&s->visited);
     free(s);
 }
@@ -338,36 +384,36 @@ static void hit_insert(struct disk_search *s, float distance, uint32_t position,
 
 /* ---- estimates ---- */
 
-/* Adds the estimate of one code to the list. For squared distances the error of an estimate is
- * 2 (q - c) . (c - x) with c the decoded code: normal, of variance 4 |q - c|^2 times the code's
+/* Adds the estimate of one code to the candidates. For squared distances the error of an estimate
+ * is 2 (q - c) . (c - x) with c the decoded code: normal, of variance 4 |q - c|^2 times the code's
  * distortion a dimension; for inner products (q . (x - c)), |q|^2 times that. */
-static void estimate_add(struct disk_search *s, uint32_t position, float estimate)
+static void estimate_add(struct disk_search *s, uint32_t position, uint16_t sum)
 {
     const struct disk_index *index = s->index;
-    float distortion = quantiser_code_distortion(
+    float estimate = s->table.offset + s->table.step * (float)sum;
+    float variance = quantiser_code_distortion(
         index->quantiser, index->codes + (uint64_t)position * index->code_bytes);
     float spread;
 
-    if (index->metric == METRIC_IP) {
-        spread = s->spread_factor * sqrtf(distortion);
-    } else {
-        float residual = estimate - distortion;
+    if (index->metric != METRIC_IP) {
+        float residual = estimate - variance;
 
-        spread = s->spread_factor * sqrtf((residual > 0 ? residual : 0) * distortion);
+        variance *= residual > 0 ? residual : 0;
     }
-    candidate_list_add(&s->list, estimate * s->estimate_scale, position,
-                       disk_index_page(index, position), spread, LISTED_UNREAD);
+    spread = s->spread_factor * sqrtf(variance);
+    candidate_list_add(&s->list, estimate * s->estimate_scale,
+                       spread > 1 / SHARPEST ? 1 / spread : SHARPEST, position,
+                       disk_index_page(index, position));
 }
 
-/* The largest sum whose estimate could still enter the list. */
+/* The largest sum whose estimate could still become a candidate. */
 static uint16_t sum_limit(const struct disk_search *s)
 {
-    const struct candidate_list *list = &s->list;
     float last;
 
-    if (list->count < list->limit || !(s->table.step > 0))
+    if (s->list.bound == INFINITY || !(s->table.step > 0))
         return UINT16_MAX;
-    last = list->items[list->count - 1].distance / s->estimate_scale - s->table.offset;
+    last = s->list.bound / s->estimate_scale - s->table.offset;
     if (last <= 0)
         return 0;
     last = last / s->table.step + 1;
@@ -377,218 +423,200 @@ static uint16_t sum_limit(const struct disk_search *s)
 static void batch_estimate(struct disk_search *s)
 {
     const struct disk_index *index = s->index;
+    struct walk_scratch *scratch = s->scratch;
     uint32_t kept;
 
     if (!s->batch_count)
         return;
-    s->scan->rows(s->table.entries, s->table.chunk_count, index->codes, index->code_bytes, s->batch,
-                  s->batch_count, s->sums);
-    kept = s->scan->below(s->sums, s->batch_count, sum_limit(s), s->below);
+    s->scan->rows(s->table.entries, s->table.chunk_count, index->codes, index->code_bytes,
+                  scratch->batch, s->batch_count, scratch->sums);
+    kept = s->scan->below(scratch->sums, s->batch_count, sum_limit(s), scratch->below);
     for (uint32_t i = 0; i < kept; i++)
-        estimate_add(s, s->batch[s->below[i]],
-                     s->table.offset + s->table.step * (float)s->sums[s->below[i]]);
+        estimate_add(s, scratch->batch[scratch->below[i]], scratch->sums[scratch->below[i]]);
     s->stats.estimates += s->batch_count;
     s->batch_count = 0;
 }
 
 /* ---- seeds ---- */
 
-/* Moves the `keep` smallest of distinct numbers to the front. */
-static void keep_smallest(uint64_t *numbers, uint32_t count, uint32_t keep)
+/* Scans the codes of the spans, `count` of them in all, and makes the best of them candidates. */
+static void seed_from(struct disk_search *s, uint32_t span_count, uint32_t count)
 {
-    while (count > 1 && keep > 0 && keep < count) {
-        uint64_t a = numbers[0], b = numbers[count / 2], c = numbers[count - 1];
-        uint64_t pivot = a < b ? (b < c ? b : a < c ? c : a) : (a < c ? a : b < c ? c : b);
-        uint32_t i = 0, j = count - 1;
+    const struct disk_index *index = s->index;
+    struct walk_scratch *scratch = s->scratch;
+    const struct code_span *span = scratch->spans;
+    uint16_t limit = sum_limit(s);
+    uint32_t start = 0; /* of the span among the sums */
 
-        for (;;) { /* Hoare: stops at the pivot itself, so i and j stay inside */
-            while (numbers[i] < pivot)
-                i++;
-            while (numbers[j] > pivot)
-                j--;
-            if (i >= j)
-                break;
-            uint64_t held = numbers[i];
+    s->scan->spans(s->table.entries, s->table.chunk_count, index->codes, index->code_bytes,
+                   scratch->spans, span_count, scratch->sums);
+    if (count > s->list.limit) {
+        uint16_t nearest = s->scan->nth(scratch->sums, count, s->list.limit);
 
-            numbers[i++] = numbers[j];
-            numbers[j--] = held;
-        }
-        if (i == 0)
-            i = 1;
-        if (keep < i) {
-            count = i;
-        } else if (keep == i) {
-            return;
-        } else {
-            numbers += i;
-            count -= i;
-            keep -= i;
+        limit = nearest < limit ? nearest : limit;
+    }
+    for (uint32_t done = 0; done < count; done += BELOW_MAX) {
+        const uint16_t *sums = scratch->sums + done;
+        uint32_t kept = s->scan->below(sums, count - done < BELOW_MAX ? count - done : BELOW_MAX,
+                                       limit, scratch->below);
+
+        for (uint32_t i = 0; i < kept; i++) {
+            uint32_t at = done + scratch->below[i], position;
+
+            while (at - start >= span->count)
+                start += span++->count;
+            position = (uint32_t)(span->first + at - start);
+            if (position != s->hidden)
+                estimate_add(s, position, scratch->sums[at]);
         }
     }
-}
-
-static void codes_prefetch(const struct disk_index *index, uint64_t first, uint32_t count)
-{
-    const uint8_t *codes = index->codes + first * index->code_bytes;
-
-    for (uint64_t at = 0; at < (uint64_t)count * index->code_bytes; at += LINE_BYTES)
-        __builtin_prefetch(codes + at);
-}
-
-static uint32_t cell_run(const struct disk_index *index, uint32_t cell)
-{
-    uint64_t rows = cells_rows(index->cells), first = cell * rows;
-
-    return (uint32_t)(index->row_count - first < rows ? index->row_count - first : rows);
+    s->stats.scanned += count;
 }
 
 static void seed(struct disk_search *s)
 {
     const struct disk_index *index = s->index;
-    uint32_t want = s->params.rule.cells, count = 0, keep = s->list.limit;
-    uint16_t limit = UINT16_MAX;
+    struct walk_scratch *scratch = s->scratch;
+    uint64_t rows = cells_rows(index->cells);
+    uint32_t want = s->params.rule.cells, cell_count = 0, spans = 0, count = 0;
 
-    s->cell_count = 0;
     if (want > cells_count(index->cells))
         want = cells_count(index->cells);
+    cell_set_clear(&s->scanned, want);
     if (want)
-        s->cell_count = cells_nearest(index->cells, index->kernels, index->metric, s->query.vector,
-                                      want, s->cell_scratch, s->cells);
-    for (uint32_t i = 0; i < s->cell_count; i++) {
-        uint64_t first = (uint64_t)s->cells[i] * cells_rows(index->cells);
-        uint32_t rows = cell_run(index, s->cells[i]);
+        cell_count = cells_nearest(index->cells, index->kernels, index->metric, s->query.vector,
+                                   want, scratch->cell_scratch, scratch->cells);
+    for (uint32_t i = 0; i < cell_count; i++) {
+        uint64_t first = scratch->cells[i] * rows;
+        uint64_t end = first + rows < index->row_count ? first + rows : index->row_count;
 
-        mark_set_put(&s->scanned, mark_set_find(&s->scanned, s->cells[i]), s->cells[i], 1);
-        if (i + 1 < s->cell_count)
-            codes_prefetch(index, (uint64_t)s->cells[i + 1] * cells_rows(index->cells),
-                           cell_run(index, s->cells[i + 1]));
-        for (uint32_t done = 0; done < rows; done += SCAN_RUN) {
-            uint32_t run = rows - done < SCAN_RUN ? rows - done : SCAN_RUN;
-            uint32_t kept;
+        cell_set_add(&s->scanned, scratch->cells[i]);
+        while (first < end) {
+            uint64_t run = end - first < SCAN_MAX - count ? end - first : SCAN_MAX - count;
+            struct code_span *last = spans ? &scratch->spans[spans - 1] : NULL;
 
-            s->scan->run(s->table.entries, s->table.chunk_count, index->codes, index->code_bytes,
-                         first + done, run, s->sums);
-            kept = s->scan->below(s->sums, run, limit, s->below);
-            for (uint32_t b = 0; b < kept; b++)
-                s->seeds[count++] =
-                    (uint64_t)s->sums[s->below[b]] << 32 | (uint32_t)(first + done + s->below[b]);
-            if (count > s->seed_max - SCAN_RUN) {
-                keep_smallest(s->seeds, count, keep);
-                count = keep;
-                limit = 0;
-                for (uint32_t b = 0; b < keep; b++)
-                    if (s->seeds[b] >> 32 > limit)
-                        limit = (uint16_t)(s->seeds[b] >> 32);
+            if (last && last->first + last->count == first)
+                last->count += (uint32_t)run;
+            else
+                scratch->spans[spans++] = (struct code_span){first, (uint32_t)run};
+            first += run;
+            count += (uint32_t)run;
+            if (count == SCAN_MAX || spans == SPANS_MAX) {
+                seed_from(s, spans, count);
+                spans = count = 0;
             }
         }
-        s->stats.scanned += rows;
     }
-    s->stats.cells = s->cell_count;
-    if (count > keep) {
-        keep_smallest(s->seeds, count, keep);
-        count = keep;
-    }
-    for (uint32_t i = 0; i < count; i++)
-        if ((uint32_t)s->seeds[i] != s->hidden)
-            estimate_add(s, (uint32_t)s->seeds[i],
-                         s->table.offset + s->table.step * (float)(s->seeds[i] >> 32));
+    if (count)
+        seed_from(s, spans, count);
+    s->stats.cells = cell_count;
     if (index->entry_point != s->hidden &&
-        !mark_is_set(
-            &s->scanned,
-            mark_set_find(&s->scanned,
-                          disk_index_cell(index, disk_index_page(index, index->entry_point))))) {
-        s->batch[s->batch_count++] = index->entry_point;
+        !cell_set_has(&s->scanned,
+                      disk_index_cell(index, disk_index_page(index, index->entry_point)))) {
+        scratch->batch[s->batch_count++] = index->entry_point;
         batch_estimate(s);
     }
-    candidate_list_merge(&s->list);
+    candidate_list_cut(&s->list);
 }
 
 /* ---- pages ---- */
 
-static int expand(struct disk_search *s, const struct page_view *view, uint32_t position)
+static int expand(struct disk_search *s, const struct page_view *view, uint32_t slot)
 {
     const struct disk_index *index = s->index;
-    uint32_t count;
+    struct walk_scratch *scratch = s->scratch;
+    uint32_t *neighbours = scratch->neighbours;
+    uint32_t count, fresh = 0;
 
     s->stats.expanded++;
-    if (page_view_neighbours(view, position - (uint32_t)view->first, s->neighbours, &count,
-                             &s->error) < 0)
+    if (page_view_neighbours(view, slot, neighbours, &count, &s->error) < 0)
         return -1;
+    /* Most neighbours of what is near the query stand in scanned cells: that goes first. */
     for (uint32_t i = 0; i < count; i++) {
-        uint32_t neighbour = s->neighbours[i], page;
+        uint32_t neighbour = neighbours[i];
 
-        /* Most neighbours of what is near the query stand in scanned cells: that goes first. */
-        page = disk_index_page(index, neighbour);
-        if (mark_is_set(&s->scanned, mark_set_find(&s->scanned, disk_index_cell(index, page))) ||
-            !visited_add(&s->visited, neighbour) || neighbour == s->hidden ||
-            mark_is_set(&s->pages, mark_set_find(&s->pages, page)))
+        neighbours[fresh] = neighbour;
+        fresh +=
+            !cell_set_has(&s->scanned, disk_index_cell(index, disk_index_page(index, neighbour)));
+    }
+    for (uint32_t i = 0; i < fresh; i++) {
+        uint32_t neighbour = neighbours[i];
+
+        if (!visited_add(&s->visited, neighbour) || neighbour == s->hidden ||
+            page_set_has(&s->pages, disk_index_page(index, neighbour)))
             continue;
         if (s->batch_count == BATCH_MAX)
             batch_estimate(s);
         __builtin_prefetch(index->codes + (uint64_t)neighbour * index->code_bytes);
-        s->batch[s->batch_count++] = neighbour;
+        scratch->batch[s->batch_count++] = neighbour;
     }
     return 0;
 }
 
-/* Scores `count` pages and expands what ranks. data: the pages' blocks, verified. Estimates of
- * their nodes are marked GONE by the caller: exact distances take their place. */
-static int work_off(struct disk_search *s, const uint64_t *pages, const uint8_t *const *data,
+/* How many of all that is known, scored or not, are nearer. */
+static uint32_t rank_of(const struct disk_search *s, float distance)
+{
+    return s->passes->below(s->scored.distances, s->scored.count, distance) +
+           s->passes->below(s->list.columns.distance, s->list.count, distance);
+}
+
+static void score(struct disk_search *s, const struct page_view *view, float *distances)
+{
+    for (uint32_t slot = 0; slot < view->node_count; slot++) {
+        uint32_t position = (uint32_t)view->first + slot;
+        float distance;
+
+        distances[slot] = INFINITY;
+        if (position == s->hidden)
+            continue;
+        distance = store_distance(&s->query, page_view_vector(view, slot));
+        if (s->hit_count < s->params.k || distance <= s->hits[s->hit_count - 1].distance)
+            hit_insert(s, distance, position,
+                       view->format->holds_keys ? page_view_key(view, slot) : position);
+        scored_list_add(&s->scored, distance);
+        distances[slot] = distance;
+    }
+    s->stats.exact += view->node_count;
+}
+
+/* Scores `count` pages and expands what ranks. data: the pages' blocks, verified. */
+static int work_off(struct disk_search *s, const uint32_t *pages, const uint8_t *const *data,
                     uint32_t count)
 {
-    const struct disk_index *index = s->index;
+    struct walk_scratch *scratch = s->scratch;
     struct page_view views[RESIDENT_BATCH];
+    float near = -INFINITY, far = INFINITY; /* known to rank, known not to */
     double began = phase_begin(s);
 
     for (uint32_t p = 0; p < count; p++) {
-        struct page_view *view = &views[p];
-
-        if (page_view_open(&index->format, pages[p], data[p], view, &s->error) < 0)
+        if (page_view_open(&s->index->format, pages[p], data[p], &views[p], &s->error) < 0)
             return -1;
-        for (uint32_t slot = 0; slot < view->node_count; slot++) {
-            uint32_t position = (uint32_t)view->first + slot;
-            float distance;
-
-            if (position == s->hidden)
-                continue;
-            distance = store_distance(&s->query, page_view_vector(view, slot));
-            if (s->hit_count < s->params.k || distance <= s->hits[s->hit_count - 1].distance)
-                hit_insert(s, distance, position,
-                           index->format.holds_keys ? page_view_key(view, slot) : position);
-            candidate_list_add(&s->list, distance, position, (uint32_t)pages[p], 0, LISTED_LOADED);
-        }
-        s->stats.exact += view->node_count;
+        score(s, &views[p], scratch->distances + p * PAGE_CAPACITY_MAX);
     }
-    candidate_list_merge(&s->list);
     phase_end(s, began, &s->stats.score_us);
     began = phase_begin(s);
-    for (uint32_t i = 0; i < s->list.count; i++) {
-        struct listed *item = &s->list.items[i];
-        uint32_t p = 0;
+    for (uint32_t p = 0; p < count; p++) {
+        const float *distances = scratch->distances + p * PAGE_CAPACITY_MAX;
 
-        if (item->state != LISTED_LOADED)
-            continue;
-        item->state = LISTED_EXPANDED;
-        if (i >= s->expand_limit)
-            continue;
-        while (pages[p] != item->page)
-            p++;
-        if (expand(s, &views[p], item->position) < 0)
-            return -1;
+        for (uint32_t slot = 0; slot < views[p].node_count; slot++) {
+            float distance = distances[slot];
+
+            if (distance >= far)
+                continue;
+            if (distance > near) {
+                if (rank_of(s, distance) >= s->expand_limit) {
+                    far = distance;
+                    continue;
+                }
+                near = distance;
+            }
+            if (expand(s, &views[p], slot) < 0)
+                return -1;
+        }
     }
     batch_estimate(s);
-    candidate_list_merge(&s->list);
     phase_end(s, began, &s->stats.expand_us);
     return 0;
-}
-
-/* Estimates on a page give way to what the page says. */
-static void drop_estimates(struct disk_search *s, uint32_t page)
-{
-    for (uint32_t i = 0; i < s->list.count; i++)
-        if (s->list.items[i].page == page && s->list.items[i].state <= LISTED_WANTED)
-            s->list.items[i].state = LISTED_GONE;
-    s->list.gone = true;
 }
 
 static int fail(struct disk_search *s)
@@ -623,45 +651,44 @@ static void ask(struct disk_search *s, const struct segment_section *section, ui
     s->stats.read_bytes += bytes;
 }
 
+/* Takes a page's candidates off the list for good: what is on it will be scored. */
+static bool claim_page(struct disk_search *s, uint32_t page)
+{
+    if (!page_set_add(&s->pages, page))
+        return false;
+    s->list.count = s->passes->drop_page(&s->list.columns, s->list.count, page);
+    return true;
+}
+
 /* Works off what is in memory and ranks, until nothing is left. */
 static int work_off_resident(struct disk_search *s)
 {
     const struct disk_index *index = s->index;
-    uint64_t pages[RESIDENT_BATCH];
+    uint32_t resident = (uint32_t)index->resident_page_count;
+    uint32_t pages[RESIDENT_BATCH];
     const uint8_t *data[RESIDENT_BATCH];
 
-    if (!index->resident_page_count)
+    if (!resident)
         return 0;
     for (;;) {
         uint32_t count = 0;
-        uint32_t limit = s->list.count < s->expand_limit ? s->list.count : s->expand_limit;
 
-        for (uint32_t i = 0; i < limit && count < RESIDENT_BATCH; i++) {
-            struct listed *item = &s->list.items[i];
-            struct mark *mark;
+        while (count < RESIDENT_BATCH) {
+            uint32_t best = s->passes->nearest(s->list.columns.distance, s->list.columns.page,
+                                               s->list.count, 0, resident);
 
-            if (item->state != LISTED_UNREAD || item->page >= index->resident_page_count)
-                continue;
-            mark = mark_set_find(&s->pages, item->page);
-            if (mark_is_set(&s->pages, mark))
-                continue; /* in this batch already */
-            if (!mark_set_put(&s->pages, mark, item->page, 1))
+            if (best == LIST_NONE || rank_of(s, s->list.columns.distance[best]) >= s->expand_limit)
                 break;
-            pages[count] = item->page;
-            data[count] = index->resident_pages + (uint64_t)item->page * index->format.page_bytes;
-            __builtin_prefetch(data[count]);
+            pages[count] = s->list.columns.page[best];
+            if (!claim_page(s, pages[count]))
+                break;
+            data[count] = index->resident_pages + (uint64_t)pages[count] * index->format.page_bytes;
+            for (uint32_t at = 0; at < FILE_BLOCK_BYTES; at += LINE_BYTES)
+                __builtin_prefetch(data[count] + at);
             count++;
         }
         if (!count)
             return 0;
-        for (uint32_t i = 0; i < s->list.count; i++) {
-            struct listed *item = &s->list.items[i];
-
-            if (item->state == LISTED_UNREAD && item->page < index->resident_page_count &&
-                mark_is_set(&s->pages, mark_set_find(&s->pages, item->page)))
-                item->state = LISTED_GONE;
-        }
-        s->list.gone = true;
         s->stats.resident_hits += count;
         if (work_off(s, pages, data, count) < 0)
             return fail(s);
@@ -670,36 +697,15 @@ static int work_off_resident(struct disk_search *s)
 
 /* ---- the rule ---- */
 
-/* P(a standard normal is below z), to about 1e-4: all that a stop rule needs. The logistic fit of
- * Page, "Approximations to the Cumulative Normal Function", 1977. */
-static float normal_below(float z)
-{
-    return 1 / (1 + expf(-z * (1.5957691f + 0.0713535f * z * z)));
-}
-
-/* Hits still to be expected among the unread candidates whose page is not in flight. */
+/* Hits still to be expected among the candidates. */
 static float gain_left(const struct disk_search *s)
 {
-    float sum = 0, bound;
-
     if (s->hit_count < s->params.k)
         return INFINITY;
-    bound = s->hits[s->hit_count - 1].distance;
-    for (uint32_t i = 0; i < s->list.count; i++) {
-        const struct listed *item = &s->list.items[i];
-        float over = item->distance - bound;
-
-        if (item->state != LISTED_UNREAD)
-            continue;
-        if (over > 4 * item->spread) {
-            /* Spreads vary little from one candidate to the next. */
-            if (over > 8 * item->spread)
-                break;
-            continue;
-        }
-        sum += item->spread > 0 ? normal_below(-over / item->spread) : over < 0;
-    }
-    return sum;
+    return (float)s->passes->shares(s->list.columns.distance, s->list.columns.sharpness,
+                                    s->list.count, s->hits[s->hit_count - 1].distance,
+                                    s->scratch->shares) /
+           SHARE_ONE;
 }
 
 /* Whether to stop here; for choose() alone. */
@@ -727,36 +733,32 @@ static bool rule_met(struct disk_search *s)
     return false;
 }
 
-/* Asks for the pages of unread candidates, best first, while the beam has room and the rule wants
- * more. */
+/* Asks for the pages of the best candidates while the beam has room and the rule wants more. */
 static int choose(struct disk_search *s)
 {
+    const struct candidate_columns *columns = &s->list.columns;
+
     if (work_off_resident(s) < 0)
         return -1;
-    s->stats.stop = STOP_LIST;
-    for (uint32_t i = 0; i < s->list.count; i++) {
-        struct listed *item = &s->list.items[i];
-        struct mark *mark;
+    for (;;) {
+        uint32_t best, page;
 
-        if (item->state != LISTED_UNREAD)
-            continue;
-        if (item->page < s->index->resident_page_count)
-            continue; /* ranks too low to be worked off */
-        mark = mark_set_find(&s->pages, item->page);
-        if (mark_is_set(&s->pages, mark)) { /* found after its page was asked for */
-            item->state = LISTED_WANTED;
-            continue;
-        }
-        if (s->flying_count >= s->beam_width || rule_met(s))
+        s->stats.stop = STOP_LIST;
+        if (s->flying_count >= s->beam_width)
             return 0;
-        if (!mark_set_put(&s->pages, mark, item->page, 1))
+        /* What is left on resident pages ranks too low to be worked off. */
+        best = s->passes->nearest(columns->distance, columns->page, s->list.count,
+                                  (uint32_t)s->index->resident_page_count, UINT32_MAX);
+        if (best == LIST_NONE ||
+            s->passes->below(s->scored.distances, s->scored.count, columns->distance[best]) >=
+                s->list.limit ||
+            rule_met(s))
             return 0;
-        for (uint32_t j = i; j < s->list.count; j++)
-            if (s->list.items[j].page == item->page && s->list.items[j].state == LISTED_UNREAD)
-                s->list.items[j].state = LISTED_WANTED;
-        ask(s, s->index->pages, item->page, 1, 0);
+        page = columns->page[best];
+        if (!claim_page(s, page))
+            return 0;
+        ask(s, s->index->pages, page, 1, 0);
     }
-    return 0;
 }
 
 /* ---- exact scores ---- */
@@ -768,11 +770,11 @@ static void ask_originals(struct disk_search *s)
     uint64_t payload = section->block_bytes - BLOCK_CRC_BYTES;
     uint64_t bytes = element_bytes(s->index->element, s->index->dim);
 
-    for (; s->scored < s->hit_count && s->free_count; s->scored++) {
-        uint64_t offset = s->hits[s->scored].position * bytes;
+    for (; s->originals < s->hit_count && s->free_count; s->originals++) {
+        uint64_t offset = s->hits[s->originals].position * bytes;
         uint64_t first = offset / payload, last = (offset + bytes - 1) / payload;
 
-        ask(s, section, first, (uint32_t)(last - first + 1), s->scored);
+        ask(s, section, first, (uint32_t)(last - first + 1), s->originals);
     }
 }
 
@@ -826,6 +828,7 @@ static int arrival(struct disk_search *s, const struct page_slot *slot)
 {
     const uint8_t *data = slot->read.buffer;
     double began = phase_begin(s);
+    uint32_t page;
 
     if (s->scoring) {
         int rc = score_original(s, slot);
@@ -836,9 +839,9 @@ static int arrival(struct disk_search *s, const struct page_slot *slot)
     if (segment_block_check(s->index->segment, s->index->pages, slot->block, data, &s->error) < 0)
         return -1;
     phase_end(s, began, &s->stats.score_us);
-    drop_estimates(s, (uint32_t)slot->block);
+    page = (uint32_t)slot->block;
     s->hits_changed = false;
-    if (work_off(s, &slot->block, &data, 1) < 0)
+    if (work_off(s, &page, &data, 1) < 0)
         return -1;
     s->pages_read++;
     s->quiet = s->hits_changed ? 0 : s->quiet + 1;
@@ -872,7 +875,7 @@ static int advance(struct disk_search *s)
     if (s->flying_count == 0 && !s->scoring && s->params.exact_scores && !s->index->exact_pages)
         s->scoring = true;
     if (s->scoring) {
-        if (s->flying_count == 0 && s->scored == s->hit_count)
+        if (s->flying_count == 0 && s->originals == s->hit_count)
             qsort(s->hits, s->hit_count, sizeof *s->hits, compare_hits);
         else
             ask_originals(s);
@@ -919,6 +922,7 @@ int disk_search_begin(struct disk_search *s, const struct disk_index *index, con
     s->beam_width = params->beam_width ? params->beam_width : s->limits.beam_width;
     candidate_list_clear(&s->list, params->rule.search_list > params->k ? params->rule.search_list
                                                                         : params->k);
+    scored_list_clear(&s->scored, s->list.limit);
     s->expand_limit = (s->list.limit + EXPAND_PART - 1) / EXPAND_PART;
     if (s->expand_limit < params->k)
         s->expand_limit = params->k;
@@ -928,13 +932,12 @@ int disk_search_begin(struct disk_search *s, const struct disk_index *index, con
     s->free_count = s->slot_count;
     for (uint32_t i = 0; i < s->slot_count; i++)
         s->free_slots[i] = i;
-    s->pages_read = s->quiet = s->scored = 0;
+    s->pages_read = s->quiet = s->originals = 0;
     s->scoring = false;
     memset(&s->stats, 0, sizeof s->stats);
     error_clear(&s->error);
     s->failed = false;
-    mark_set_clear(&s->pages);
-    mark_set_clear(&s->scanned);
+    page_set_clear(&s->pages);
     visited_clear(&s->visited);
 
     began = phase_begin(s);
@@ -942,7 +945,7 @@ int disk_search_begin(struct disk_search *s, const struct disk_index *index, con
                         query);
     /* Estimates are put on the scale of the exact distances; for cosine |q - x|^2 = 2 (1 - cos). */
     quantiser_table(index->quantiser, index->metric == METRIC_IP ? METRIC_IP : METRIC_L2,
-                    s->query.vector, s->scratch, &s->table);
+                    s->query.vector, s->scratch->floats, &s->table);
     s->estimate_scale = index->metric == METRIC_COSINE ? 0.5f : 1.0f;
     if (index->metric == METRIC_IP)
         s->spread_factor =

@@ -104,8 +104,17 @@ struct disk_search_limits {
  * caller's to set first. */
 void disk_search_limits_raise(struct disk_search_limits *limits, const struct disk_index *index);
 
-int disk_search_new(const struct disk_search_limits *limits, struct disk_search **out,
-                    struct error *err);
+/* What the searches of one thread share, at the same limits. ERR_NOMEM. */
+struct walk_scratch;
+
+int walk_scratch_new(const struct disk_search_limits *limits, struct walk_scratch **out,
+                     struct error *err);
+void walk_scratch_free(struct walk_scratch *scratch);
+uint64_t walk_scratch_memory_bytes(const struct disk_search_limits *limits);
+
+/* The scratch is borrowed: all searches that have the same one are driven by one thread. */
+int disk_search_new(const struct disk_search_limits *limits, struct walk_scratch *scratch,
+                    struct disk_search **out, struct error *err);
 void disk_search_free(struct disk_search *search);
 uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits);
 

@@ -484,6 +484,7 @@ static void rank_range(void *context, uint64_t begin, uint64_t end, uint32_t wor
     const struct comparison *comparison = work->comparison;
     const struct quantiser *quantiser = work->quantiser;
     uint32_t count = comparison->base_count;
+    const struct code_span all = {0, count};
     uint16_t *sums = work->sums + (size_t)worker * count;
     struct code_table table = {.entries =
                                    work->entries + worker * quantiser_table_entries(quantiser)};
@@ -491,8 +492,8 @@ static void rank_range(void *context, uint64_t begin, uint64_t end, uint32_t wor
     for (uint64_t q = begin; q < end; q++) {
         quantiser_table(quantiser, METRIC_L2, comparison->queries + q * comparison->dim,
                         work->scratch + worker * work->scratch_floats, &table);
-        code_scan_kernels_best()->run(table.entries, table.chunk_count, work->codes,
-                                      quantiser->code_bytes, 0, count, sums);
+        code_scan_kernels_best()->spans(table.entries, table.chunk_count, work->codes,
+                                        quantiser->code_bytes, &all, 1, sums);
         for (uint64_t t = q * TRUE_NEIGHBOURS; t < (q + 1) * TRUE_NEIGHBOURS; t++) {
             uint32_t row = comparison->truth[t], rank = 1;
 

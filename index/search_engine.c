@@ -48,6 +48,7 @@ struct worker {
     struct error open_error;
     struct reader *reader;
     struct reader_read **reads; /* of one submission: engine->share */
+    struct walk_scratch *scratch;
     struct slot slots[SLOTS_MAX];
     uint32_t busy;
     uint8_t turns[SLOTS_MAX]; /* slots in line, a ring */
@@ -434,8 +435,10 @@ static int worker_init(struct worker *worker, struct search_engine *engine, stru
     worker->reads = malloc(engine->share * sizeof(struct reader_read *));
     if (!worker->reads)
         return error_set(err, ERR_NOMEM, "no memory for %u reads in flight", engine->share);
+    if (walk_scratch_new(&options->limits, &worker->scratch, err) < 0)
+        return -1;
     for (uint32_t s = 0; s < options->slots_per_thread; s++)
-        if (disk_search_new(&options->limits, &worker->slots[s].search, err) < 0)
+        if (disk_search_new(&options->limits, worker->scratch, &worker->slots[s].search, err) < 0)
             return -1;
     return 0;
 }
@@ -518,6 +521,7 @@ void search_engine_close(struct search_engine *engine)
             pthread_join(worker->thread, NULL);
         for (uint32_t s = 0; s < SLOTS_MAX; s++)
             disk_search_free(worker->slots[s].search);
+        walk_scratch_free(worker->scratch);
         free(worker->reads);
         if (worker->engine)
             pthread_cond_destroy(&worker->work);
@@ -638,6 +642,7 @@ uint64_t search_engine_memory_bytes(const struct search_engine *engine)
     return sizeof *engine +
            (uint64_t)engine->worker_count *
                (sizeof(struct worker) + engine->share * sizeof(struct reader_read *) +
+                walk_scratch_memory_bytes(&o->limits) +
                 o->slots_per_thread * disk_search_memory_bytes(&o->limits));
 }
 

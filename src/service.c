@@ -186,7 +186,7 @@ static int open_engine(struct service *service, const struct service_options *op
         .backend = options->backend,
     };
     uint64_t left = service->memory_bytes - service->memory_used;
-    uint64_t slot_bytes;
+    uint64_t slot_bytes, scratch_bytes;
 
     for (uint32_t i = 0; i < service->collection_count; i++) {
         const struct index_directory *index = service->collections[i].index;
@@ -202,17 +202,18 @@ static int open_engine(struct service *service, const struct service_options *op
         wanted.limits.buffer_bytes_max = FILE_BLOCK_BYTES;
     }
     slot_bytes = disk_search_memory_bytes(&wanted.limits);
+    scratch_bytes = walk_scratch_memory_bytes(&wanted.limits);
     if (left > ENGINE_BYTES_MAX)
         left = ENGINE_BYTES_MAX;
     while (wanted.slots_per_thread > 1 &&
-           wanted.slots_per_thread * wanted.threads * slot_bytes > left)
+           wanted.threads * (wanted.slots_per_thread * slot_bytes + scratch_bytes) > left)
         wanted.slots_per_thread /= 2;
-    while (wanted.threads > 1 && wanted.threads * slot_bytes > left)
+    while (wanted.threads > 1 && wanted.threads * (slot_bytes + scratch_bytes) > left)
         wanted.threads--;
-    if (slot_bytes > left) {
+    if (slot_bytes + scratch_bytes > left) {
         error_set(err, ERR_BUDGET,
                   "one search takes %llu KiB of scratch, %llu KiB are left of the %llu MiB granted",
-                  (unsigned long long)(slot_bytes / 1024), (unsigned long long)(left / 1024),
+                  (unsigned long long)((slot_bytes + scratch_bytes) / 1024), (unsigned long long)(left / 1024),
                   (unsigned long long)(service->memory_bytes / MEBIBYTE));
         error_remedy(err, "grant more with --memory");
         return -1;

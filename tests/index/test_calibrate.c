@@ -201,13 +201,16 @@ static void replay_range(void *context, uint64_t begin, uint64_t end, uint32_t w
                                         .k_max = replay->params.k,
                                         .beam_width = replay->beam};
     struct error err = ERROR_INIT;
+    struct walk_scratch *scratch = NULL;
     struct disk_search *search = NULL;
     struct reader *reader = NULL;
     int rc;
 
     (void)worker;
     disk_search_limits_raise(&limits, replay->index);
-    rc = disk_search_new(&limits, &search, &err);
+    rc = walk_scratch_new(&limits, &scratch, &err);
+    if (rc == 0)
+        rc = disk_search_new(&limits, scratch, &search, &err);
     if (rc == 0)
         rc = reader_open(READER_AUTO, replay->beam, &reader, &err);
     for (uint64_t q = begin; rc == 0 && q < end; q++)
@@ -218,6 +221,7 @@ static void replay_range(void *context, uint64_t begin, uint64_t end, uint32_t w
     }
     reader_close(reader);
     disk_search_free(search);
+    walk_scratch_free(scratch);
 }
 
 /* Runs the rule itself on every query. */

@@ -111,7 +111,8 @@ static void check_shape(struct random *random, uint32_t chunk_count, uint64_t st
             uint32_t first = ROWS - count; /* so that every run ends at the fence */
 
             memset(got, UNTOUCHED & 255, sizeof got);
-            k->run(entries, chunk_count, codes.data, stride, first, count, got);
+            k->spans(entries, chunk_count, codes.data, stride, &(struct code_span){first, count}, 1,
+                     got);
             assert_sums(got, want + first, count, ROWS + 1, k->name, chunk_count, stride);
             memset(got, UNTOUCHED & 255, sizeof got);
             k->rows(entries, chunk_count, codes.data, stride, listed, count, got);
@@ -156,6 +157,59 @@ static void test_sums_are_exact_for_long_codes(void **state)
         check_shape(&random, chunk_counts[s], chunk_counts[s] + s % 2, 9);
 }
 
+/* Any number of spans of any length, empty ones too, that end at the fence or overlap; enough rows
+ * for several batches of the wide kernels. */
+static void check_spans(struct random *random, uint32_t chunk_count, uint64_t stride)
+{
+    enum { SPANS = 12 };
+    uint16_t *entries = new_entries(random, chunk_count);
+    uint16_t want[SPANS * ROWS], got[SPANS * ROWS + 1];
+    struct code_span spans[SPANS];
+    struct fenced codes;
+
+    fenced_codes(&codes, random, ROWS, chunk_count, stride);
+    for (uint32_t trial = 0; trial < 30; trial++) {
+        uint32_t span_count = (uint32_t)random_below(random, SPANS + 1), count = 0;
+
+        for (uint32_t s = 0; s < span_count; s++) {
+            uint32_t most = trial % 3 == 0 ? 3 : ROWS;
+            uint32_t rows = (uint32_t)random_below(random, most + 1);
+            uint32_t first = random_below(random, 3)
+                                 ? (uint32_t)random_below(random, ROWS - rows + 1)
+                                 : ROWS - rows;
+
+            spans[s] = (struct code_span){first, rows};
+            for (uint32_t i = 0; i < rows; i++)
+                want[count++] =
+                    sum_written_out(entries, chunk_count, codes.data + (first + i) * stride);
+        }
+        for (int isa = 0; isa < ISA_COUNT; isa++) {
+            const struct code_scan_kernels *k = code_scan_kernels_for((enum isa)isa);
+
+            if (!k)
+                continue;
+            memset(got, UNTOUCHED & 255, sizeof got);
+            k->spans(entries, chunk_count, codes.data, stride, spans, span_count, got);
+            assert_sums(got, want, count, SPANS * ROWS + 1, k->name, chunk_count, stride);
+        }
+    }
+    fenced_release(&codes);
+    free(entries);
+}
+
+static void test_sums_of_many_spans_follow_one_another(void **state)
+{
+    static const uint32_t chunk_counts[] = {1, 15, 16, 32, 33, 64, 97, 129};
+    struct random random;
+
+    (void)state;
+    random_init(&random, SEED, 5);
+    for (size_t s = 0; s < sizeof chunk_counts / sizeof chunk_counts[0]; s++) {
+        check_spans(&random, chunk_counts[s], chunk_counts[s]);
+        check_spans(&random, chunk_counts[s], chunk_counts[s] + 1 + 40 * (s % 2));
+    }
+}
+
 static void test_each_value_of_a_byte_finds_its_own_entry(void **state)
 {
     enum { CHUNKS = 35 };
@@ -178,7 +232,7 @@ static void test_each_value_of_a_byte_finds_its_own_entry(void **state)
 
             if (!k)
                 continue;
-            k->run(entries, CHUNKS, codes, CHUNKS, 0, 256, sums);
+            k->spans(entries, CHUNKS, codes, CHUNKS, &(struct code_span){0, 256}, 1, sums);
             for (uint32_t v = 0; v < 256; v++)
                 assert_int_equal(sums[v], (uint16_t)(v * 257 + 1));
         }
@@ -201,7 +255,7 @@ static void test_no_chunks_sum_to_nothing(void **state)
         if (!k)
             continue;
         memset(sums, 1, sizeof sums);
-        k->run(entries, 0, codes, 1, 0, 40, sums);
+        k->spans(entries, 0, codes, 1, &(struct code_span){0, 40}, 1, sums);
         for (uint32_t i = 0; i < 40; i++)
             assert_int_equal(sums[i], 0);
         memset(sums, 1, sizeof sums);
@@ -264,6 +318,88 @@ static void test_below_finds_what_is_at_or_under_the_limit(void **state)
     check_below(values, ROWS, 65535);
 }
 
+static int compare_values(const void *a, const void *b)
+{
+    return (int)*(const uint16_t *)a - (int)*(const uint16_t *)b;
+}
+
+static void check_nth(const uint16_t *values, uint32_t count)
+{
+    uint16_t *sorted = malloc(count * sizeof *sorted);
+    uint32_t step = count > ROWS ? count / 16 : 1;
+    struct fenced sums;
+
+    assert_non_null(sorted);
+    fenced_init(&sums, count * sizeof(uint16_t));
+    memcpy(sums.data, values, count * sizeof(uint16_t));
+    memcpy(sorted, values, count * sizeof(uint16_t));
+    qsort(sorted, count, sizeof *sorted, compare_values);
+    for (int isa = 0; isa < ISA_COUNT; isa++) {
+        const struct code_scan_kernels *k = code_scan_kernels_for((enum isa)isa);
+
+        for (uint32_t nth = 1; k && nth <= count; nth += nth + step > count ? 1 : step)
+            assert_int_equal(k->nth((const uint16_t *)(const void *)sums.data, count, nth),
+                             sorted[nth - 1]);
+    }
+    fenced_release(&sums);
+    free(sorted);
+}
+
+static void test_the_nth_smallest_is_what_sorting_finds(void **state)
+{
+    enum { MANY = 8003 };
+    static const uint16_t edges[] = {0, 1, 255, 256, 257, 32767, 32768, 65534, 65535};
+    uint16_t *values = malloc(MANY * sizeof *values);
+    struct random random;
+
+    (void)state;
+    assert_non_null(values);
+    random_init(&random, SEED, 6);
+    for (uint32_t count = 1; count <= ROWS; count++) {
+        for (uint32_t shape = 0; shape < 4; shape++) {
+            uint16_t same = edges[random_below(&random, 9)];
+
+            for (uint32_t i = 0; i < count; i++)
+                values[i] = shape == 0   ? (uint16_t)random_u64(&random)
+                            : shape == 1 ? same
+                            : shape == 2 ? edges[random_below(&random, 9)]
+                                         : (uint16_t)(30000 + random_below(&random, 20));
+            check_nth(values, count);
+        }
+    }
+    for (uint32_t shape = 0; shape < 3; shape++) {
+        for (uint32_t i = 0; i < MANY; i++)
+            values[i] = shape == 0   ? (uint16_t)random_u64(&random)
+                        : shape == 1 ? (uint16_t)(random_u64(&random) % 2 * 65535)
+                                     : (uint16_t)(20000 + random_below(&random, 5000));
+        for (uint32_t less = 0; less < 70; less += 23)
+            check_nth(values, MANY - less);
+    }
+    free(values);
+}
+
+/* The tables of all sets are the same to the bit. */
+static void check_same_fill(const float *shares, uint32_t chunk_count,
+                            const struct code_table *want)
+{
+    struct code_table got = {.entries = aligned_alloc(64, (size_t)chunk_count * 512)};
+
+    assert_non_null(got.entries);
+    for (int isa = 0; isa < ISA_COUNT; isa++) {
+        const struct code_scan_kernels *k = code_scan_kernels_for((enum isa)isa);
+
+        if (!k)
+            continue;
+        memset(got.entries, 0x5a, (size_t)chunk_count * 512);
+        k->fill(&got, shares, chunk_count);
+        assert_int_equal(got.chunk_count, chunk_count);
+        assert_memory_equal(&got.step, &want->step, sizeof got.step);
+        assert_memory_equal(&got.offset, &want->offset, sizeof got.offset);
+        assert_memory_equal(got.entries, want->entries, (size_t)chunk_count * 512);
+    }
+    free(got.entries);
+}
+
 /* Fills a table and checks all that the header promises of it. */
 static void check_fill(struct random *random, const float *shares, uint32_t chunk_count)
 {
@@ -277,6 +413,7 @@ static void check_fill(struct random *random, const float *shares, uint32_t chun
     code_table_fill(&table, shares, chunk_count);
     assert_ptr_equal(table.entries, entries);
     assert_int_equal(table.chunk_count, chunk_count);
+    check_same_fill(shares, chunk_count, &table);
     assert_true(isfinite(table.step) && table.step > 0);
     for (uint32_t c = 0; c < chunk_count; c++) {
         uint16_t least = 65535, greatest = 0;
@@ -415,9 +552,11 @@ int main(void)
         cmocka_unit_test(test_sums_are_exact_at_every_chunk_count_and_row_count),
         cmocka_unit_test(test_sums_are_exact_at_every_stride_and_alignment),
         cmocka_unit_test(test_sums_are_exact_for_long_codes),
+        cmocka_unit_test(test_sums_of_many_spans_follow_one_another),
         cmocka_unit_test(test_each_value_of_a_byte_finds_its_own_entry),
         cmocka_unit_test(test_no_chunks_sum_to_nothing),
         cmocka_unit_test(test_below_finds_what_is_at_or_under_the_limit),
+        cmocka_unit_test(test_the_nth_smallest_is_what_sorting_finds),
         cmocka_unit_test(test_a_filled_table_never_overflows_and_errs_by_half_a_step_a_chunk),
         cmocka_unit_test(test_a_table_of_equal_shares_has_step_zero),
         cmocka_unit_test(test_kernels_are_there_for_the_sets_that_distances_have),

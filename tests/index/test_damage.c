@@ -127,6 +127,7 @@ static struct vfs memory = {.open = memory_open,
 
 static float rows_data[ROWS * DIM], queries[QUERIES * DIM];
 static int64_t key_data[ROWS];
+static struct walk_scratch *scratch;
 static struct disk_search *searcher;
 static struct reader *reader;
 
@@ -405,7 +406,8 @@ static int group_setup(void **state)
     disk_search_limits_raise(&limits, index);
     assert_non_null(directory->segments[0].rows);
     assert_non_null(index->originals);
-    if (disk_search_new(&limits, &searcher, &err) < 0 ||
+    if (walk_scratch_new(&limits, &scratch, &err) < 0 ||
+        disk_search_new(&limits, scratch, &searcher, &err) < 0 ||
         reader_open(READER_PREAD, 64, &reader, &err) < 0)
         fail_msg("%s", err.message);
     index_directory_close(directory);
@@ -420,6 +422,7 @@ static int group_teardown(void **state)
 {
     (void)state;
     disk_search_free(searcher);
+    walk_scratch_free(scratch);
     reader_close(reader);
     for (uint32_t i = 0; i < image_count; i++)
         free(images[i].data);

@@ -207,7 +207,8 @@ static void test_estimates_equal_decoded_distances_to_the_tables_steps_on_every_
             quantiser_table(q, metric, query, lookup.scratch, table);
             assert_int_equal(table->chunk_count, code_bytes - (own && metric == METRIC_IP));
             assert_true(table->chunk_count * 256ull <= quantiser_table_entries(q));
-            kernels->run(table->entries, table->chunk_count, codes, code_bytes, 0, COUNT, sums);
+            kernels->spans(table->entries, table->chunk_count, codes, code_bytes,
+                           &(struct code_span){0, COUNT}, 1, sums);
             for (uint32_t i = 0; i < COUNT; i++) {
                 const uint8_t *code = codes + (size_t)i * code_bytes;
                 double estimate = (double)table->offset + (double)table->step * sums[i];
@@ -874,8 +875,9 @@ static void test_estimates_rank_true_neighbours_first_on_clustered_data(void **s
                 }
             }
             quantiser_table(q, METRIC_L2, query, lookup.scratch, &lookup.table);
-            code_scan_kernels_best()->run(lookup.table.entries, lookup.table.chunk_count, codes,
-                                          wanted[k].code_bytes, 0, COUNT, sums);
+            code_scan_kernels_best()->spans(lookup.table.entries, lookup.table.chunk_count, codes,
+                                            wanted[k].code_bytes, &(struct code_span){0, COUNT}, 1,
+                                            sums);
             for (uint32_t r = 0; r < COUNT; r++)
                 better += sums[r] < sums[nearest];
             found += better < KEEP;
