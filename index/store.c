@@ -8,6 +8,8 @@
 #include "storage/base/bytes.h"
 
 #define SQ8_HEADER_BYTES 12u
+#define SQ8_LEVELS 255u
+#define LEVEL_SLACK 1e-3 /* what normalising in float moves a value, in levels, and to spare */
 #define NORM_BYTES 4u
 
 const char *store_name(enum vector_store store)
@@ -65,6 +67,32 @@ float vector_normalise(float *vector, uint32_t dim)
     return norm;
 }
 
+/* Whether every value stands on one of the steps + 1 levels between the least and the greatest. */
+static bool on_levels(const float *vector, uint32_t dim, float least, double per_level)
+{
+    for (uint32_t i = 0; i < dim; i++) {
+        double level = ((double)vector[i] - (double)least) * per_level;
+
+        if (fabs(level - rint(level)) > LEVEL_SLACK)
+            return false;
+    }
+    return true;
+}
+
+/* Levels between the least value and the greatest. Vectors that were bytes once (many models' are)
+ * have few distinct values, evenly apart whatever was done to their length: a number of levels that
+ * meets them all keeps them as they are. Others miss within the first few values, and get all the
+ * levels a byte has. */
+static uint32_t levels_of(const float *vector, uint32_t dim, float least, float greatest)
+{
+    double range = (double)greatest - (double)least;
+
+    for (uint32_t levels = SQ8_LEVELS; levels > 0; levels--)
+        if (on_levels(vector, dim, least, levels / range))
+            return levels;
+    return SQ8_LEVELS;
+}
+
 static void encode_sq8(const float *vector, uint32_t dim, uint8_t *out)
 {
     float least = vector[0], greatest = vector[0];
@@ -76,11 +104,12 @@ static void encode_sq8(const float *vector, uint32_t dim, uint8_t *out)
         if (vector[i] > greatest)
             greatest = vector[i];
     }
-    float step = (greatest - least) / 255.0f;
+    uint32_t levels = greatest > least ? levels_of(vector, dim, least, greatest) : SQ8_LEVELS;
+    float step = (greatest - least) / (float)levels;
 
     for (uint32_t i = 0; i < dim; i++) {
         float level = step > 0 ? rintf((vector[i] - least) / step) : 0;
-        uint8_t code = level <= 0 ? 0 : level >= 255 ? 255 : (uint8_t)level;
+        uint8_t code = level <= 0 ? 0 : level >= SQ8_LEVELS ? SQ8_LEVELS : (uint8_t)level;
         double decoded = (double)least + (double)step * code;
 
         out[SQ8_HEADER_BYTES + i] = code;

@@ -2,8 +2,9 @@
  *
  * f32 and f16 keep floats, u8 and i8 integers as they are; sq8 keeps a byte a dimension between the
  * vector's own least and greatest value (Aguerrebere et al., "Similarity search in the blink of an
- * eye with compressed indices", 2023, without their mean removal). For cosine, floats are
- * normalised before they are stored and integers carry their norm. Bytes of one vector:
+ * eye with compressed indices", 2023, without their mean removal); vectors whose values stand on
+ * 256 levels or fewer, evenly apart, are kept as they are, to float rounding. For cosine, floats
+ * are normalised before they are stored and integers carry their norm. Bytes of one vector:
  *
  *   f32, f16     dim elements
  *   u8, i8       cosine: f32 norm first; then dim elements

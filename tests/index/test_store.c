@@ -124,12 +124,38 @@ static void test_integers_and_floats_come_back_exactly(void **state)
     assert_memory_equal(in, out, sizeof in);
 }
 
+/* Bytes over 512, normalised: what an embedding that was stored as bytes once looks like. */
+static void test_8_bits_keep_what_had_8_bits(void **state)
+{
+    enum { DIM = 96 };
+    static const uint32_t spans[] = {1, 2, 7, 100, 200, 254, 255};
+    float vector[DIM], decoded[DIM];
+    uint8_t stored[DIM + 16];
+    struct random random;
+
+    (void)state;
+    random_init(&random, 20261121, 1);
+    for (uint32_t round = 0; round < 200; round++) {
+        uint32_t span = spans[round % 7], dim = round % 2 ? DIM : 3 + round % 90;
+
+        for (uint32_t i = 0; i < dim; i++)
+            vector[i] = ((float)random_below(&random, span + 1) - (float)(span / 2)) / 512;
+        if (round % 3)
+            vector_normalise(vector, dim);
+        store_encode(STORE_SQ8, METRIC_L2, vector, dim, stored);
+        store_decode(STORE_SQ8, METRIC_L2, stored, dim, decoded);
+        for (uint32_t i = 0; i < dim; i++)
+            assert_true(fabsf(decoded[i] - vector[i]) <= 1e-6f * (1 + fabsf(vector[i])));
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_scores_stay_within_each_stores_tolerance),
         cmocka_unit_test(test_a_zero_vector_has_cosine_similarity_zero),
         cmocka_unit_test(test_integers_and_floats_come_back_exactly),
+        cmocka_unit_test(test_8_bits_keep_what_had_8_bits),
     };
 
     return cmocka_run_group_tests_name("store", tests, NULL, NULL);
