@@ -19,6 +19,8 @@
 #include "index/distance.h"
 
 #define POINTS 4u
+#define LINE_HALVES 32u /* a cache line */
+#define ROWS_AHEAD 4u   /* of a matrix, fetched before they are needed */
 
 #define VECTORS(lanes)                                                                             \
     typedef float f32x##lanes __attribute__((vector_size(lanes * 4)));                             \

@@ -371,6 +371,53 @@ static void test_every_instruction_set_gives_the_same_cells(void **state)
     }
 }
 
+/* Values of 0 to 2 in two dimensions: nine keys at most, so nearly every limit is a tie, among more
+ * keys than a register holds or fewer; the last block is not whole. */
+static void test_ties_are_taken_in_order_on_every_instruction_set(void **state)
+{
+    static const uint32_t counts[] = {2, 15, 16, 17, 31, 301, 1500};
+
+    (void)state;
+    for (uint32_t i = 0; i < sizeof counts / sizeof counts[0]; i++) {
+        struct data data = make_data(counts[i] * CELL_ROWS, 2, 60 + i, true);
+
+        for (uint32_t row = 0; row < data.rows; row++) {
+            uint32_t cell = row / CELL_ROWS * 2654435761u;
+
+            for (uint32_t d = 0; d < 2; d++) /* the first two stretch the scale to bytes */
+                data.vectors[row * 2 + d] = row < 2 * CELL_ROWS
+                                                ? (row < CELL_ROWS ? 0 : 255.0f)
+                                                : (float)((cell >> (16 + 8 * d)) % 3);
+        }
+        struct cells *cells = make_cells(&data);
+        float *centroids = stored_bytes(cells), query[2] = {1, 0};
+        uint32_t *out = must(malloc(data.count * sizeof *out));
+
+        for (uint32_t want = 1; want < data.count; want += 1 + want / 8) {
+            struct ranked *all = rank_all(centroids, data.count, 2, METRIC_L2, query);
+
+            if (counts[i] == 1500 && want < 1200) { /* one level: no cell is missed */
+                free(all);
+                continue;
+            }
+            for (enum isa isa = ISA_SCALAR; isa < ISA_COUNT; isa++) {
+                const struct distance_kernels *kernels = distance_kernels_for(isa);
+
+                if (!kernels)
+                    continue;
+                assert_int_equal(nearest(cells, kernels, METRIC_L2, query, want, out), want);
+                for (uint32_t j = 0; j < want; j++)
+                    assert_true(holds(out, want, all[j].cell));
+            }
+            free(all);
+        }
+        free(out);
+        free(centroids);
+        cells_free(cells);
+        drop_data(&data);
+    }
+}
+
 /* Sums of products near 2^31 on both sides: the widest vectors, all ends of the scale. */
 static void test_the_widest_vectors_do_not_overflow(void **state)
 {
@@ -658,6 +705,7 @@ int main(void)
         cmocka_unit_test(test_inner_products_are_ranked_whatever_the_offset),
         cmocka_unit_test(test_the_last_cell_may_hold_fewer_rows),
         cmocka_unit_test(test_every_instruction_set_gives_the_same_cells),
+        cmocka_unit_test(test_ties_are_taken_in_order_on_every_instruction_set),
         cmocka_unit_test(test_the_widest_vectors_do_not_overflow),
         cmocka_unit_test(test_ties_go_to_the_lower_cells),
         cmocka_unit_test(test_no_more_cells_than_there_are),

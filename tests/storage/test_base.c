@@ -238,6 +238,27 @@ static void test_fast_crc32c_agrees_with_the_portable_one(void **state)
     free(data);
 }
 
+/* Whatever a page or what is in it starts at: a stretch is cut in three, and has a tail. */
+static void test_fast_crc32c_agrees_for_all_lengths_up_to_a_page_wherever_they_start(void **state)
+{
+    enum { BYTES = 4200, SHIFTS = 8 };
+    uint8_t *data = malloc(BYTES + SHIFTS);
+
+    (void)state;
+    assert_non_null(data);
+    fill(data, BYTES + SHIFTS, 3);
+    for (size_t shift = 0; shift < SHIFTS; shift++) {
+        uint32_t want = 0;
+
+        for (size_t bytes = 0; bytes <= BYTES; bytes++) {
+            if (crc32c(0, data + shift, bytes) != want)
+                fail_msg("differs at %zu bytes, shift %zu", bytes, shift);
+            want = crc32c_portable(want, data + shift + bytes, bytes < BYTES);
+        }
+    }
+    free(data);
+}
+
 static void test_crc32c_of_pieces_is_that_of_the_whole(void **state)
 {
     enum { BYTES = 9000 };
@@ -825,6 +846,7 @@ int main(void)
         cmocka_unit_test(test_size_arithmetic_reports_overflow),
         cmocka_unit_test(test_crc32c_matches_the_known_answers),
         cmocka_unit_test(test_fast_crc32c_agrees_with_the_portable_one),
+        cmocka_unit_test(test_fast_crc32c_agrees_for_all_lengths_up_to_a_page_wherever_they_start),
         cmocka_unit_test(test_crc32c_of_pieces_is_that_of_the_whole),
         cmocka_unit_test(test_crc32c_combine_takes_huge_lengths),
         cmocka_unit_test(test_sha256_matches_the_known_answers),
