@@ -8,10 +8,11 @@
  * Of the rules of a grid, a chain that gets stricter with every target is chosen, so that the sum
  * over the targets of their reads, each relative to the fewest that would reach it alone, is least
  * (dynamic programming over the grid). That is done for several efforts, each scanning more cells
- * for seeds than the one before, as long as targets are missed: more cells find what the graph does
- * not lead to, for CPU time instead of reads. A target goes to the least effort that reaches it,
- * unless the next spares a good part of the reads. Sums are of whole numbers and all choices are
- * made by one thread: the result does not depend on the pool. */
+ * for seeds than the one before and following more edges, at least until no target is missed: for
+ * CPU time they spare reads, and find what the graph does not lead to. A target goes to the effort
+ * that reaches it at the least cost, reads and CPU time taken together (cost_of); greater ones from
+ * there on. Sums are of whole numbers and all choices are made by one thread: the result does not
+ * depend on the pool. */
 #include "index/calibrate.h"
 
 #include <inttypes.h>
@@ -25,10 +26,11 @@
 
 #define KS 3u
 #define SHARES_MAX 4u
+#define SHARE_LEAST 200u /* a curve of its own from one page in so many on */
 #define WALKS 8u /* of one worker at once, so that its core does not wait for single reads */
 #define GRAIN 32u
-#define EFFORTS 4u
-#define EFFORT_SPARES 0.85  /* of the reads before: then twice the cells are worth it */
+#define EFFORTS 5u
+#define EFFORTS_MIN 3u /* measured in any case */
 #define READS_PER_LISTED 4u /* bounds a walk, and with it its trace */
 #define PATIENCES 8u
 #define PATIENCE_MAX 10u
@@ -41,7 +43,7 @@
 static const struct {
     uint32_t search_list;
     uint32_t cells;
-} efforts[EFFORTS] = {{250, 100}, {250, 200}, {400, 400}, {500, 800}};
+} efforts[EFFORTS] = {{120, 50}, {250, 100}, {250, 200}, {400, 400}, {500, 800}};
 
 static const uint32_t calibrated_k[KS] = {1, 10, 100};
 static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, PATIENCE_MAX};
@@ -476,10 +478,20 @@ done:
     return rc;
 }
 
-/* Takes over the points of a greater effort from the first target on that it serves better than
- * the effort before; from there on all, so that rules get stricter with the target. True when
- * targets are still missed. */
-static bool effort_merge(struct walk_curve *curve, const struct walk_curve *before,
+/* What a search costs, in microseconds of one core: a drive of some 85,000 reads a second beside
+ * four cores gives 46 of them a read. Whichever of drive and cores has more to do decides; where
+ * both have as much they are in each other's way. CPU times are those of one core at 2.5 GHz. */
+static double cost_of(const struct run *run, const struct walk_point *point)
+{
+    double codes = (double)point->rule.cells * cells_rows(run->index->cells);
+    double cpu = 150 + 0.4 * point->rule.search_list + 0.00018 * codes * run->index->code_bytes;
+
+    return hypot(46 * (double)point->reads, cpu);
+}
+
+/* Takes over the points of a greater effort from the first target on that it serves better; from
+ * there on all, so that rules get stricter with the target. True when targets are still missed. */
+static bool effort_merge(const struct run *run, struct walk_curve *curve,
                          const struct walk_curve *more)
 {
     bool taken = false;
@@ -490,8 +502,7 @@ static bool effort_merge(struct walk_curve *curve, const struct walk_curve *befo
         if (mine->reached < targets[t])
             taken |= theirs->reached > mine->reached;
         else
-            taken |= theirs->reached >= targets[t] &&
-                     theirs->reads < (float)EFFORT_SPARES * before->points[t].reads;
+            taken |= theirs->reached >= targets[t] && cost_of(run, theirs) < cost_of(run, mine);
         if (taken)
             curve->points[t] = *theirs;
     }
@@ -501,18 +512,15 @@ static bool effort_merge(struct walk_curve *curve, const struct walk_curve *befo
 static int curve_measure(struct run *run, struct grid *grid, struct pool *pool,
                          struct walk_curve *curve, struct error *err)
 {
-    struct walk_curve before, more = {0};
-    bool missed;
+    struct walk_curve more = {0};
+    bool missed = true;
 
     if (effort_measure(run, 0, grid, pool, curve, err) < 0)
         return -1;
-    before = *curve;
-    missed = curve->points[TARGETS - 1].reached < targets[TARGETS - 1];
-    for (uint32_t effort = 1; effort < EFFORTS && missed; effort++) {
+    for (uint32_t effort = 1; effort < EFFORTS && (missed || effort < EFFORTS_MIN); effort++) {
         if (effort_measure(run, effort, grid, pool, &more, err) < 0)
             return -1;
-        missed = effort_merge(curve, &before, &more);
-        before = more;
+        missed = effort_merge(run, curve, &more);
     }
     return 0;
 }
@@ -537,6 +545,8 @@ static uint32_t shares_choose(const struct disk_index *base, uint64_t serve_memo
         if (i > 0 && memory_bytes_max &&
             base->memory_bytes + wanted[i] * page_bytes > memory_bytes_max)
             continue;
+        if (i > 0 && wanted[i] * SHARE_LEAST < all)
+            continue; /* too little to tell */
         /* As floats, since that is how curves tell them apart. */
         if (count && (float)((double)wanted[i] / (double)all) <=
                          (float)((double)pages[count - 1] / (double)all))
