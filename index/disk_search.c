@@ -665,6 +665,7 @@ static int work_off_resident(struct disk_search *s)
 {
     const struct disk_index *index = s->index;
     uint32_t resident = (uint32_t)index->resident_page_count;
+    uint32_t vectors_end = PAGE_HEADER_BYTES + index->format.capacity * index->format.vector_bytes;
     uint32_t pages[RESIDENT_BATCH];
     const uint8_t *data[RESIDENT_BATCH];
 
@@ -683,7 +684,7 @@ static int work_off_resident(struct disk_search *s)
             if (!claim_page(s, pages[count]))
                 break;
             data[count] = index->resident_pages + (uint64_t)pages[count] * index->format.page_bytes;
-            for (uint32_t at = 0; at < FILE_BLOCK_BYTES; at += LINE_BYTES)
+            for (uint32_t at = 0; at < vectors_end; at += LINE_BYTES)
                 __builtin_prefetch(data[count] + at);
             count++;
         }

@@ -12,12 +12,26 @@ INLINE __mmask16 lanes_left(uint32_t left)
     return left < LANES ? (__mmask16)((1u << left) - 1) : (__mmask16)0xffff;
 }
 
+/* The lanes below the bound of 64 values. */
+INLINE uint64_t below64(const float *values, __m512 bounds)
+{
+    uint64_t lanes = 0;
+
+    for (uint32_t r = 0; r < 4; r++)
+        lanes |=
+            (uint64_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(values + r * LANES), bounds, _CMP_LT_OQ)
+            << (r * LANES);
+    return lanes;
+}
+
 static uint32_t avx512_below(const float *values, uint32_t count, float bound)
 {
     const __m512 bounds = _mm512_set1_ps(bound);
-    uint32_t found = 0;
+    uint32_t found = 0, i = 0;
 
-    for (uint32_t i = 0; i < count; i += LANES) {
+    for (; count - i >= 4 * LANES; i += 4 * LANES)
+        found += (uint32_t)__builtin_popcountll(below64(values + i, bounds));
+    for (; i < count; i += LANES) {
         __mmask16 lanes = lanes_left(count - i);
 
         found += (uint32_t)__builtin_popcount(_mm512_mask_cmp_ps_mask(
@@ -62,8 +76,20 @@ static uint32_t avx512_nearest(const float *distance, const uint32_t *page, uint
 static uint32_t avx512_find(const uint32_t *values, uint32_t count, uint32_t value)
 {
     const __m512i wanted = _mm512_set1_epi32((int)value);
+    uint32_t i = 0;
 
-    for (uint32_t i = 0; i < count; i += LANES) {
+    /* Mostly it is not there: four registers a branch. */
+    for (; count - i >= 4 * LANES; i += 4 * LANES) {
+        uint64_t same = 0;
+
+        for (uint32_t r = 0; r < 4; r++)
+            same |= (uint64_t)_mm512_cmpeq_epi32_mask(_mm512_loadu_si512(values + i + r * LANES),
+                                                      wanted)
+                    << (r * LANES);
+        if (same)
+            return i + (uint32_t)__builtin_ctzll(same);
+    }
+    for (; i < count; i += LANES) {
         __mmask16 lanes = lanes_left(count - i);
         __mmask16 same = _mm512_mask_cmpeq_epi32_mask(
             lanes, _mm512_maskz_loadu_epi32(lanes, values + i), wanted);
