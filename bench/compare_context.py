@@ -17,7 +17,6 @@ import sys
 import time
 
 import numpy as np
-
 from compare_diskann import hits_of, read_truth, shape_of, status_bytes
 
 K = 10

@@ -1,7 +1,6 @@
-"""Copies of a data set for bench/compare, in blocks; runs in the peers' environment (numpy).
+"""A copy of a data set with every row at length 1 (DiskANN has no cosine on disk), in blocks.
 
-  normalise IN.fbin OUT.fbin         every row to length 1: DiskANN has no cosine on disk
-  perturb IN.fbin OUT.fbin STEP SEED uniform noise of +-STEP/2 on every value
+  compare_data.py IN.fbin OUT.fbin     runs in the peers' environment (numpy)
 """
 import os
 import sys
@@ -12,7 +11,12 @@ BLOCK = 16384
 
 
 def rewrite(source, target, change):
+    """OUT.fbin from IN.fbin: `change` is given blocks of rows as doubles and returns the same."""
     count, dim = (int(v) for v in np.fromfile(source, "<u4", 2))
+    wanted = 8 + 4 * count * dim
+    if os.path.getsize(source) != wanted:
+        raise SystemExit(f"{source}: {os.path.getsize(source)} bytes, wanted {wanted} for "
+                         f"{count} x {dim} floats")
     rows = np.memmap(source, "<f4", "r", 8, (count, dim))
     part = target + ".part"
     with open(part, "wb") as out:
@@ -22,17 +26,10 @@ def rewrite(source, target, change):
     os.replace(part, target)
 
 
-def normalise(source, target):
-    def change(block):
-        length = np.linalg.norm(block, axis=1, keepdims=True)
-        return block / np.where(length > 0, length, 1)
-    rewrite(source, target, change)
-
-
-def perturb(source, target, step, seed):
-    rng = np.random.Generator(np.random.PCG64(int(seed)))
-    rewrite(source, target, lambda b: b + rng.uniform(-.5, .5, b.shape) * float(step))
+def unit(block):
+    length = np.linalg.norm(block, axis=1, keepdims=True)
+    return block / np.where(length > 0, length, 1)
 
 
 if __name__ == "__main__":
-    {"normalise": normalise, "perturb": perturb}[sys.argv[1]](*sys.argv[2:])
+    rewrite(sys.argv[1], sys.argv[2], unit)

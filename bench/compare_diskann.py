@@ -41,9 +41,10 @@ def code_bytes_of(folder):
 
 
 def status_bytes(name):
-    for line in open("/proc/self/status"):
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
+    with open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
     return 0
 
 
@@ -110,9 +111,8 @@ def hits_of(found, ids, distances, k):
 
 
 def counters():
-    for line in open("/proc/self/io"):
-        if line.startswith("read_bytes:"):
-            read = int(line.split()[1])
+    with open("/proc/self/io") as f:
+        read = next(int(line.split()[1]) for line in f if line.startswith("read_bytes:"))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return time.monotonic(), read, usage.ru_utime + usage.ru_stime
 

@@ -6,13 +6,10 @@ import json
 import os
 import sys
 
-import matplotlib
+import compare_report as report
+import matplotlib.pyplot as plt
 import numpy as np
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend must be chosen first)
-from matplotlib.ticker import FuncFormatter  # noqa: E402
-
-import compare_report as report  # noqa: E402
+from matplotlib.ticker import FuncFormatter
 
 TICKS = (.8, .9, .95, .98, .99, .995, .998)
 COLOURS = {"annd": "tab:blue", "annd f16": "tab:blue", "annd 8bit": "tab:green",
@@ -41,7 +38,7 @@ def log_values(ax, values):
     low, high = min(values), max(values)
     ax.set_yscale("log")
     ax.set_ylim(low / 1.2, high * 1.2)
-    ticks = [m * 10**e for e in range(0, 7) for m in (1, 1.5, 2, 3, 5, 7)
+    ticks = [m * 10**e for e in range(7) for m in (1, 1.5, 2, 3, 5, 7)
              if low / 1.2 <= m * 10**e <= high * 1.2]
     ax.set_yticks(ticks, minor=False)
     ax.yaxis.set_major_formatter(FuncFormatter(number))
@@ -157,6 +154,7 @@ def draw_memory(gates, path):
 
 def main():
     folder = sys.argv[1]
+    plt.switch_backend("Agg")  # pictures only: there may be no display
     with open(os.path.join(folder, "compare.json")) as f:
         results = json.load(f)
     for gate, run in results["gates"].items():

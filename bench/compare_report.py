@@ -3,7 +3,6 @@
 A point is one line of `annd bench --output jsonl`, or the same fields from DiskANN. A setting holds
 `scout`, the points of its first sweep, and, where it went on, `rounds`, a list of sweeps.
 """
-import json
 import math
 import statistics
 
@@ -32,7 +31,7 @@ def medians(rounds):
 
 def useful(points):
     """The points in order of recall, without those that another reaches with fewer reads: where a
-    curve ends, longer lists cost more and find no more. By reads, as these do not vary by chance."""
+    curve ends, longer lists cost more and find no more. By reads: these do not vary by chance."""
     kept, fewest = [], math.inf
     for p in sorted(points, key=lambda p: (p["recall"], -p.get(READS, 0)), reverse=True):
         if p.get(READS, 0) <= fewest:
@@ -164,8 +163,8 @@ def high_rows(runs):
         first = min((p for p in r["points"] if p["recall"] >= .995),
                     key=lambda p: p["recall"], default=top)
         rows.append((f"P7 {r['gate']} {r['variant']}".strip(), "recall@10; 5th percentile; reads",
-                     ">= 0.995", f"{first['recall']:.4f}; {first['recall_p5']:.2f}; "
-                     f"{first['pages_mean']:.1f} (highest {top['recall']:.4f})", "-", "-",
+                     ">= 0.995", (f"{first['recall']:.4f}; {first['recall_p5']:.2f}; "
+                     f"{first['pages_mean']:.1f} (highest {top['recall']:.4f})"), "-", "-",
                      verdict(top["recall"] >= .995)))
     return rows
 
@@ -214,9 +213,9 @@ def write(folder, results, gates):
     rows += high_rows(results.get("P7", []))
     options = results["options"]
     text = ["# annd against DiskANN", "",
-            f"{m['cores']} cores of {m['model']}, {m['memory_bytes'] / 2**30:.0f} GiB, kernel "
+            (f"{m['cores']} cores of {m['model']}, {m['memory_bytes'] / 2**30:.0f} GiB, kernel "
             f"{m['kernel']}; {m['date']} to {results['end']['date']}; load average at the start "
-            f"{m['load_average'][0]:.2f}, at the end {results['end']['load_average'][0]:.2f}.",
+            f"{m['load_average'][0]:.2f}, at the end {results['end']['load_average'][0]:.2f}."),
             f"{m['annd_version']}; " + ", ".join(p.replace("==", " ") for p in m["packages"]
                                                  if p.startswith(("diskannpy", "numpy"))) +
             f". {options['rounds']} rounds, points of at least {options['seconds']} s"
@@ -227,8 +226,8 @@ def write(folder, results, gates):
         text += table(("gate", "recall", "annd", "DiskANN"),
                       [(g, r, name_of(a), name_of(b)) for g, r, a, b in winners])
     if memory:
-        text += ["Memory (index: what the side counts; peak: VmHWM of the process, seen from "
-                 "outside; DiskANN's contains Python):", ""]
+        text += [("Memory (index: what the side counts; peak: VmHWM of the process, seen from "
+                 "outside; DiskANN's contains Python):"), ""]
         text += table(("gate", "side", "allowed B", "index B", "index B/vector", "peak MiB"),
                       memory)
     if reads:
@@ -242,11 +241,15 @@ def write(folder, results, gates):
                           for k, f in ((READS, "{:.1f}"), ("qps", "{:.0f}"))
                           for x in recalls)) for r in results["FILE"]])
     if results.get("GRID"):
-        text += ["emb-200k moved off the 8-bit grid (own truth), P3a's memory:", ""]
-        text += table(("store", "reads 0.95", "reads 0.99", "highest recall"),
-                      [(r["variant"], *(show(at_recall(r["points"], x, READS))
-                                        for x in recalls),
-                        f"{max(p['recall'] for p in r['points']):.4f}") for r in results["GRID"]])
+        text += ["emb-200k moved off the 8-bit grid (own truth), the gates' memory, no gates:", ""]
+        text += table(("row", *(f"reads {x}" for x in recalls), "of the gate",
+                       "highest recall"),
+                      [(f"{r['gate']}-perturbed {r['variant']}",
+                        *(show(at_recall(r["points"], x, READS)) for x in recalls),
+                        " / ".join(f"<= {n}" for n in
+                                   gates[r["gate"]]["annd"][r["variant"]]["reads"]),
+                        f"{max(p['recall'] for p in r['points']):.4f}")
+                       for r in results["GRID"]])
     if results.get("CONTEXT"):
         text += ["Other libraries on sift-1m (all but LanceDB with everything in memory):", ""]
         text += table(("library", "parameters", "QPS 0.95", "QPS 0.99", "build s", "file MB",

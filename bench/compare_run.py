@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -21,8 +20,8 @@ PEERS = {"peer": ["diskannpy==0.7.0", "numpy", "matplotlib"],
 CACHE_SHARE = .1  # diskannpy caches at most so much of the nodes
 
 # annd's sweep by target, and by list for a program or a recall that targets do not reach.
-TARGETS = (.88, .91, .93, .945, .955, .965, .975, .983, .988, .992, .995)
-HIGH_TARGETS = (.99, .995, .997, .999)
+TARGETS = (.88, .91, .93, .945, .955, .965, .975, .983, .988, .992, .995, .998, .999)
+HIGH_TARGETS = (.99, .995, .997, .998, .999)
 LISTS = (10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100, 128, 160, 200, 300, 400)
 HIGH_LISTS = (64, 100, 150, 200, 300, 400, 600, 800)
 PEER_LISTS = (10, 12, 15, 20, 25, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, 250, 300, 400)
@@ -41,6 +40,15 @@ def unpack(machine, folder):
     run([ROOT + "/tools/unpack-data", folder], env=dict(os.environ, ANND_TEST_DATA=machine.data))
 
 
+def add_places(p):
+    """The options that say where things lie; Machine reads them."""
+    p.add_argument("--data", default=os.environ.get("ANND_TEST_DATA", ROOT + "/../shared/data"),
+                   help="folder of the packed sets")
+    p.add_argument("--work", default=ROOT + "/build/compare",
+                   help="for unpacked data and indexes, kept and shared [build/compare]")
+    p.add_argument("--annd", default=ROOT + "/build/annd", help="[build/annd]")
+
+
 def cores_of(text):
     cores = set()
     for part in text.split(","):
@@ -52,22 +60,22 @@ def cores_of(text):
 class Machine:
     def __init__(self, a):
         self.work, self.annd, self.data = (os.path.abspath(p) for p in (a.work, a.annd, a.data))
-        self.rebuild, self.rebuilt = a.rebuild, set()
+        self.rebuild, self.rebuilt = getattr(a, "rebuild", False), set()
         self.peer_python = self.python("peer")
-        if a.cores:
+        if getattr(a, "cores", None):
             os.sched_setaffinity(0, cores_of(a.cores))
         self.cores = len(os.sched_getaffinity(0))
         os.makedirs(self.work, exist_ok=True)
-        if a.again:
+        if getattr(a, "again", None):
             return
         with open(self.annd, "rb") as f:
             self.annd_sha256 = hashlib.sha256(f.read()).hexdigest()
         bench = run([self.annd, "bench", "--help"])
         build = run([self.annd, "build", "--help"])
-        self.has_recall = re.search(r"^  --recall ", bench, re.M) is not None
-        self.has_reads_in_flight = re.search(r"^  --reads-in-flight ", bench, re.M) is not None
-        self.has_serve_memory = re.search(r"^  --serve-memory ", build, re.M) is not None
-        self.has_graph = re.search(r"^  --graph ", build, re.M) is not None
+        self.has_recall = "\n  --recall " in bench
+        self.has_reads_in_flight = "\n  --reads-in-flight " in bench
+        self.has_serve_memory = "\n  --serve-memory " in build
+        self.has_graph = "\n  --graph " in build
         for name, there in (("bench --recall", self.has_recall), ("build --graph", self.has_graph),
                             ("build --serve-memory", self.has_serve_memory)):
             if not there:
@@ -78,7 +86,7 @@ class Machine:
         for name in ["peer", "context"] if with_context else ["peer"]:
             if not os.path.exists(self.python(name)):
                 run([sys.executable, "-m", "venv", f"{self.work}/{name}"])
-            have = {l.split("==")[0].lower() for l in self.packages(name)}
+            have = {line.split("==")[0].lower() for line in self.packages(name)}
             if not {n.split("==")[0] for n in PEERS[name]} <= have:
                 run([self.python(name), "-m", "pip", "install", "--quiet", *PEERS[name]])
 
@@ -92,9 +100,10 @@ class Machine:
         return {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "load_average": os.getloadavg()}
 
     def describe(self):
-        model = [l.split(":")[1].strip() for l in open("/proc/cpuinfo")
-                 if l.startswith("model name")][:1]
-        memory = [l.split()[1] for l in open("/proc/meminfo") if l.startswith("MemTotal")]
+        with open("/proc/cpuinfo") as f:
+            model = [line.split(":")[1].strip() for line in f if line.startswith("model name")][:1]
+        with open("/proc/meminfo") as f:
+            memory = [line.split()[1] for line in f if line.startswith("MemTotal")]
         return {"cores": self.cores, "core_ids": sorted(os.sched_getaffinity(0)),
                 "model": model[0] if model else platform.machine(),
                 "memory_bytes": int(memory[0]) * 1024, "kernel": platform.release(),
@@ -127,6 +136,20 @@ class Watched:
         while self.process.poll() is None:
             self.look()
             time.sleep(.02)
+
+
+def annd_bench(machine, folder, data, options, **kw):
+    """`annd bench` of an index on a set's queries: (Watched, its process ended; points)."""
+    command = [machine.annd, "bench", folder, "--queries", data["queries"], "--truth",
+               data["truth"], "-k", str(K), *options, "--output", "jsonl"]
+    say("+ " + " ".join(command[3:]))
+    watched = Watched(command, stdout=subprocess.PIPE, **kw)
+    out = watched.process.communicate()[0]
+    points = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    for p in points:
+        p["peak_bytes"] = watched.peak
+        p["pages_mean"] = p["read_bytes_mean"] / 4096
+    return watched, points
 
 
 class Annd:
@@ -193,25 +216,18 @@ class Annd:
         # As many passes as fill the seconds at the speed seen last; a point apart is not possible.
         repeat = max(1, round(setting.get("qps", 2000) * seconds / 1000))
         memory = setting.get("memory", self.memory)
-        command = [self.machine.annd, "bench", self.folder, "--queries", self.data["queries"],
-                   "--truth", self.data["truth"], "-k", str(K), option,
-                   ",".join(f"{v:g}" for v in values), "--inflight", str(setting["inflight"]),
-                   "--beam-width", str(setting["beam_width"]), "--repeat", str(min(repeat, 1000)),
-                   "--output", "jsonl"]
+        options = [option, ",".join(f"{v:g}" for v in values),
+                   "--inflight", str(setting["inflight"]),
+                   "--beam-width", str(setting["beam_width"]), "--repeat", str(min(repeat, 1000))]
         if memory:
-            command += ["--index-memory", str(memory)]
+            options += ["--index-memory", str(memory)]
         if self.machine.has_reads_in_flight:
-            command += ["--reads-in-flight", str(setting["reads_in_flight"])]
-        say("+ " + " ".join(command[3:]))
-        watched = Watched(command, stdout=subprocess.PIPE)
-        out = watched.process.communicate()[0]
-        if watched.process.returncode:
-            raise subprocess.CalledProcessError(watched.process.returncode, command)
-        points = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+            options += ["--reads-in-flight", str(setting["reads_in_flight"])]
+        watched, points = annd_bench(self.machine, self.folder, self.data, options)
+        if watched.process.returncode or not points:
+            raise subprocess.CalledProcessError(watched.process.returncode, watched.process.args)
         for p in points:
-            p["peak_bytes"] = watched.peak
             p["repeat"] = repeat
-            p["pages_mean"] = p["read_bytes_mean"] / 4096
             if memory and p["index_memory_bytes"] > memory:
                 raise SystemExit(f"annd keeps {p['index_memory_bytes']} bytes, allowed {memory}")
         setting["qps"] = statistics.median(p["qps"] for p in points)
@@ -271,7 +287,7 @@ class DiskAnn:
 
     def start(self):
         say(f"DiskANN PQ{self.pq}, {self.cache_nodes} nodes cached: loading")
-        self.log = open(self.folder + ".log", "a")
+        self.log = open(self.folder + ".log", "a")  # noqa: SIM115 (open as long as the process)
         self.watched = Watched(
             [self.machine.peer_python, HERE + "/compare_diskann.py", "serve", self.folder,
              self.data["dtype"], self.data["queries"], self.data["truth"], str(K),
