@@ -94,7 +94,8 @@ def name_of(setting):
     if "threads" in setting and "pq" in setting:
         return (f"PQ{setting['pq']}, {setting['cache_nodes']} nodes cached, "
                 f"T={setting['threads']} W={setting['beam_width']}")
-    return f"{setting['inflight']} in flight, W={setting['beam_width']}"
+    cells = f", {setting['cells']} cells" if setting.get("cells") else ""
+    return f"{setting['inflight']} in flight, W={setting['beam_width']}{cells}"
 
 
 def verdict(ok):

@@ -20,7 +20,8 @@ PEERS = {"peer": ["diskannpy==0.7.0", "numpy", "matplotlib"],
 CACHE_SHARE = .1  # diskannpy caches at most so much of the nodes
 
 # annd's sweep by target, and by list for a program or a recall that targets do not reach.
-TARGETS = (.88, .91, .93, .945, .955, .965, .975, .983, .988, .992, .995, .998, .999)
+TARGETS = (.88, .91, .93, .945, .955, .965, .975, .983, .988, .992, .995, .9965, .998,
+           .999)
 HIGH_TARGETS = (.99, .995, .997, .998, .999)
 LISTS = (10, 12, 16, 20, 24, 32, 40, 50, 64, 80, 100, 128, 160, 200, 300, 400)
 HIGH_LISTS = (64, 100, 150, 200, 300, 400, 600, 800)
@@ -192,13 +193,14 @@ class Annd:
 
     def settings(self, a, latency):
         if latency:
-            grid = [(1, w) for w in ((4,) if a.quick else (2, 4, 6, 8))]
+            grid = [(1, w, None) for w in ((4,) if a.quick else (2, 4, 6, 8))]
         elif a.quick:
-            grid = [(64, 2)]
+            grid = [(64, 2, None)]
         else:
-            grid = [(f, w) for f in (64, 16, 32, 128) for w in (2, 1, 4)]
-        return [{"owner": self, "inflight": f, "beam_width": w,
-                 "reads_in_flight": max(128, f * min(w, 2))} for f, w in grid]
+            grid = [(f, w, None) for f in (64, 32, 128) for w in (2, 1)] + [(64, 4, None)]
+            grid += [(64, w, cells) for cells in (100, 200) for w in (1, 2)]
+        return [{"owner": self, "inflight": f, "beam_width": w, "cells": cells,
+                 "reads_in_flight": max(128, f * min(w, 2))} for f, w, cells in grid]
 
     def sweep(self, setting, seconds, full):
         high = setting.get("high")
@@ -219,6 +221,8 @@ class Annd:
         options = [option, ",".join(f"{v:g}" for v in values),
                    "--inflight", str(setting["inflight"]),
                    "--beam-width", str(setting["beam_width"]), "--repeat", str(min(repeat, 1000))]
+        if setting.get("cells") and option == "--recall":
+            options += ["--cells", str(setting["cells"])]
         if memory:
             options += ["--index-memory", str(memory)]
         if self.machine.has_reads_in_flight:
