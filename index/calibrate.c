@@ -30,7 +30,7 @@
 #define WALKS 8u /* of one worker at once, so that its core does not wait for single reads */
 #define GRAIN 32u
 #define EFFORTS 5u
-#define EFFORTS_MIN 3u /* measured in any case */
+#define EFFORTS_MIN 3u      /* measured in any case */
 #define READS_PER_LISTED 4u /* bounds a walk, and with it its trace */
 #define PATIENCES 8u
 #define PATIENCE_MAX 10u
@@ -67,6 +67,7 @@ struct trace {
     uint32_t count;
     uint32_t reads; /* of the whole walk */
     uint32_t hits;  /* at its end */
+    uint32_t codes; /* scanned for seeds */
 };
 
 /* One query under way. */
@@ -180,6 +181,7 @@ static int walk_end(struct walk *walk, struct error *err)
     trace->hits = true_hits(walk, walk->hits, count);
     trace->reads =
         (uint32_t)(disk_search_stats(walk->search)->read_bytes / run->index->format.page_bytes);
+    trace->codes = disk_search_stats(walk->search)->scanned;
     trace->count = walk->count;
     if (!walk->count)
         return 0;
@@ -435,8 +437,9 @@ static void curve_fill(struct grid *grid, const struct run *run, struct walk_cur
 
 /* ---- k and shares ---- */
 
+/* codes: the mean of what a walk scans. */
 static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, struct pool *pool,
-                          struct walk_curve *curve, struct error *err)
+                          struct walk_curve *curve, double *codes, struct error *err)
 {
     uint32_t count = run->queries->count, workers = pool ? pool_workers(pool) : 1;
     uint32_t many = run->k >= 100 ? 2 : 1, cells = cells_count(run->index->cells);
@@ -470,6 +473,9 @@ static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, s
         }
     }
     curve_fill(grid, run, curve);
+    *codes = 0;
+    for (uint32_t q = 0; q < count; q++)
+        *codes += (double)run->traces[q].codes / count;
     rc = 0;
 done:
     free(run->truth);
@@ -480,47 +486,62 @@ done:
 
 /* What a search costs, in microseconds of one core: a drive of some 85,000 reads a second beside
  * four cores gives 46 of them a read. Whichever of drive and cores has more to do decides; where
- * both have as much they are in each other's way. CPU times are those of one core at 2.5 GHz. */
-static double cost_of(const struct run *run, const struct walk_point *point)
+ * both have as much they are in each other's way. CPU times are those of one core at 2.5 GHz with
+ * all of them busy; codes: those scanned. */
+static double cost_of(const struct run *run, const struct walk_point *point, double codes)
 {
-    double codes = (double)point->rule.cells * cells_rows(run->index->cells);
-    double cpu = 150 + 0.4 * point->rule.search_list + 0.00018 * codes * run->index->code_bytes;
+    double cpu = 150 + 8 * (double)point->reads + 0.5 * point->rule.search_list +
+                 0.0003 * codes * run->index->code_bytes;
 
     return hypot(46 * (double)point->reads, cpu);
 }
 
+/* A curve in the making: how many codes the effort of each point scans, the mean. */
+struct choice {
+    struct walk_curve *curve;
+    double codes[TARGETS];
+};
+
 /* Takes over the points of a greater effort from the first target on that it serves better; from
  * there on all, so that rules get stricter with the target. True when targets are still missed. */
-static bool effort_merge(const struct run *run, struct walk_curve *curve,
-                         const struct walk_curve *more)
+static bool effort_merge(const struct run *run, struct choice *choice,
+                         const struct walk_curve *more, double codes)
 {
     bool taken = false;
 
     for (uint32_t t = 0; t < TARGETS; t++) {
-        const struct walk_point *mine = &curve->points[t], *theirs = &more->points[t];
+        struct walk_point *mine = &choice->curve->points[t];
+        const struct walk_point *theirs = &more->points[t];
 
         if (mine->reached < targets[t])
             taken |= theirs->reached > mine->reached;
         else
-            taken |= theirs->reached >= targets[t] && cost_of(run, theirs) < cost_of(run, mine);
-        if (taken)
-            curve->points[t] = *theirs;
+            taken |= theirs->reached >= targets[t] &&
+                     cost_of(run, theirs, codes) < cost_of(run, mine, choice->codes[t]);
+        if (taken) {
+            *mine = *theirs;
+            choice->codes[t] = codes;
+        }
     }
-    return curve->points[TARGETS - 1].reached < targets[TARGETS - 1];
+    return choice->curve->points[TARGETS - 1].reached < targets[TARGETS - 1];
 }
 
 static int curve_measure(struct run *run, struct grid *grid, struct pool *pool,
                          struct walk_curve *curve, struct error *err)
 {
+    struct choice choice = {.curve = curve};
     struct walk_curve more = {0};
     bool missed = true;
+    double codes;
 
-    if (effort_measure(run, 0, grid, pool, curve, err) < 0)
+    if (effort_measure(run, 0, grid, pool, curve, &codes, err) < 0)
         return -1;
+    for (uint32_t t = 0; t < TARGETS; t++)
+        choice.codes[t] = codes;
     for (uint32_t effort = 1; effort < EFFORTS && (missed || effort < EFFORTS_MIN); effort++) {
-        if (effort_measure(run, effort, grid, pool, &more, err) < 0)
+        if (effort_measure(run, effort, grid, pool, &more, &codes, err) < 0)
             return -1;
-        missed = effort_merge(run, curve, &more);
+        missed = effort_merge(run, &choice, &more, codes);
     }
     return 0;
 }

@@ -813,7 +813,10 @@ static void sort_keys(uint32_t *keys, uint32_t count)
 }
 
 /* The want-th smallest of count keys (want 1..count), all of them in `range`; *ties: how many keys
- * equal to it belong to the want smallest. */
+ * equal to it belong to the want smallest. Overwrites ranking->spare. */
+typedef uint32_t (*limit_fn)(const struct ranking *ranking, uint32_t count, struct key_range range,
+                             uint32_t want, uint32_t *ties);
+
 static uint32_t find_limit_portable(const struct ranking *ranking, uint32_t count,
                                     struct key_range range, uint32_t want, uint32_t *ties)
 {
@@ -854,9 +857,9 @@ static uint32_t find_limit_portable(const struct ranking *ranking, uint32_t coun
     return ranking->spare[want - 1];
 }
 
-/* Puts the numbers of the want smallest of count keys (want 1..count) into out, ascending. Keys
- * stand in the order of the blocks that were ranked: those listed, or the first when list is NULL.
- */
+/* Puts the numbers of the want smallest of count keys (want 1..count) into out, ascending, and
+ * their keys into ranking->spare. Keys stand in the order of the blocks that were ranked: those
+ * listed, or the first when list is NULL. */
 typedef void (*select_fn)(const struct ranking *ranking, const uint32_t *list, uint32_t count,
                           struct key_range range, uint32_t want, uint32_t *out);
 
@@ -870,6 +873,7 @@ static void select_portable(const struct ranking *ranking, const uint32_t *list,
         uint32_t tie = (key == limit) & (ties > 0);
 
         out[taken] = (list ? list[i / LANES] : i / LANES) * LANES + i % LANES;
+        ranking->spare[taken] = key;
         ties -= tie;
         taken += (key < limit) | tie;
     }
@@ -962,6 +966,8 @@ TARGET_AVX512 static void select_avx512(const struct ranking *ranking, const uin
         _mm512_mask_storeu_epi32(out + taken, (__mmask16)((1u << n) - 1),
                                  _mm512_maskz_compress_epi32(
                                      take, _mm512_add_epi32(_mm512_set1_epi32((int)first), lane)));
+        _mm512_mask_storeu_epi32(ranking->spare + taken, (__mmask16)((1u << n) - 1),
+                                 _mm512_maskz_compress_epi32(take, some));
         taken += n;
     }
 }
@@ -971,6 +977,7 @@ TARGET_AVX512 static void select_avx512(const struct ranking *ranking, const uin
 
 struct methods {
     rank_fn rank;
+    limit_fn find_limit;
     select_fn select;
 };
 
@@ -979,14 +986,14 @@ static struct methods methods_for(const struct distance_kernels *kernels)
 {
 #if defined(__x86_64__)
     if (strcmp(kernels->name, "avx512vnni") == 0)
-        return (struct methods){rank_vnni, select_avx512};
+        return (struct methods){rank_vnni, find_limit_avx512, select_avx512};
     if (strncmp(kernels->name, "avx512", 6) == 0)
-        return (struct methods){rank_avx2, select_avx512};
+        return (struct methods){rank_avx2, find_limit_avx512, select_avx512};
     if (strncmp(kernels->name, "avx", 3) == 0)
-        return (struct methods){rank_avx2, select_portable};
+        return (struct methods){rank_avx2, find_limit_portable, select_portable};
 #endif
     (void)kernels;
-    return (struct methods){rank_portable, select_portable};
+    return (struct methods){rank_portable, find_limit_portable, select_portable};
 }
 
 /* Ranks the first `count` centroids of the blocks (see rank_fn) and puts the numbers of the `want`
@@ -1003,33 +1010,82 @@ static void take_nearest(const struct ranking *ranking, const struct methods *me
     methods->select(ranking, list, count, range, want, out);
 }
 
+/* Ranks, for 0 < want < cells->count; keys of the cells in out stand in ranking->spare. */
+static void rank_nearest(const struct cells *cells, const struct methods *methods,
+                         enum metric metric, const float *query, uint32_t want, void *scratch,
+                         struct ranking *ranking, uint32_t *out)
+{
+    uint32_t visit, last, count;
+
+    place_scratch(ranking, cells, want, scratch);
+    prepare_query(ranking, cells, metric, query);
+    visit = visited_groups(cells, want);
+    if (visit == 0) {
+        take_nearest(ranking, methods, &cells->cells, NULL, cells->count, want, out);
+        return;
+    }
+    take_nearest(ranking, methods, &cells->groups, NULL, cells->group_count, visit, ranking->list);
+    count = visit * LANES;
+    last = ranking->list[visit - 1];
+    if (last == cells->group_count - 1) /* which may not be whole */
+        count -= cells->group_count * LANES - cells->count;
+    take_nearest(ranking, methods, &cells->cells, ranking->list, count, want, out);
+}
+
+/* Sorts the `count` cells of out, whose keys stand in ranking->spare, into stages. */
+static void part_stages(const struct ranking *ranking, const struct methods *methods,
+                        const uint32_t *ends, uint32_t stage_count, uint32_t count, uint32_t *out)
+{
+    struct key_range range = {UINT32_MAX, 0};
+    uint32_t limits[CELL_STAGES_MAX], ties[CELL_STAGES_MAX], filled[CELL_STAGES_MAX];
+    uint32_t *keys = ranking->keys, *cells = ranking->spare;
+
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t key = keys[i] = ranking->spare[i];
+
+        range.least = key < range.least ? key : range.least;
+        range.greatest = key > range.greatest ? key : range.greatest;
+    }
+    for (uint32_t s = 0; s + 1 < stage_count; s++)
+        limits[s] = methods->find_limit(ranking, count, range, ends[s], &ties[s]);
+    for (uint32_t s = 0; s < stage_count; s++)
+        filled[s] = s ? ends[s - 1] : 0;
+    memcpy(cells, out, count * sizeof *cells);
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t stage = stage_count - 1;
+
+        for (uint32_t s = stage_count - 1; s-- > 0;) {
+            if (keys[i] < limits[s] || (keys[i] == limits[s] && ties[s] && ties[s]--))
+                stage = s;
+        }
+        out[filled[stage]++] = cells[i];
+    }
+}
+
 uint32_t cells_nearest(const struct cells *cells, const struct distance_kernels *kernels,
                        enum metric metric, const float *query, uint32_t want, void *scratch,
                        uint32_t *out)
 {
-    struct methods methods = methods_for(kernels);
-    struct ranking ranking;
-    uint32_t visit, last, count;
+    return cells_nearest_in_stages(cells, kernels, metric, query, &want, 1, scratch, out);
+}
 
-    if (want >= cells->count) {
-        for (uint32_t i = 0; i < cells->count; i++)
-            out[i] = i;
-        return cells->count;
-    }
+uint32_t cells_nearest_in_stages(const struct cells *cells, const struct distance_kernels *kernels,
+                                 enum metric metric, const float *query, const uint32_t *ends,
+                                 uint32_t stage_count, void *scratch, uint32_t *out)
+{
+    struct methods methods = methods_for(kernels);
+    uint32_t want = ends[stage_count - 1], all = want < cells->count ? want : cells->count;
+    struct ranking ranking;
+
     if (want == 0)
         return 0;
-    place_scratch(&ranking, cells, want, scratch);
-    prepare_query(&ranking, cells, metric, query);
-    visit = visited_groups(cells, want);
-    if (visit == 0) {
-        take_nearest(&ranking, &methods, &cells->cells, NULL, cells->count, want, out);
-        return want;
+    if (want >= cells->count) {
+        for (uint32_t i = 0; i < all; i++)
+            out[i] = i;
+        return all;
     }
-    take_nearest(&ranking, &methods, &cells->groups, NULL, cells->group_count, visit, ranking.list);
-    count = visit * LANES;
-    last = ranking.list[visit - 1];
-    if (last == cells->group_count - 1) /* which may not be whole */
-        count -= cells->group_count * LANES - cells->count;
-    take_nearest(&ranking, &methods, &cells->cells, ranking.list, count, want, out);
+    rank_nearest(cells, &methods, metric, query, want, scratch, &ranking, out);
+    if (stage_count > 1)
+        part_stages(&ranking, &methods, ends, stage_count, want, out);
     return want;
 }

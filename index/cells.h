@@ -59,4 +59,12 @@ uint32_t cells_nearest(const struct cells *cells, const struct distance_kernels 
                        enum metric metric, const float *query, uint32_t want, void *scratch,
                        uint32_t *out);
 
+/* The same for the last of `ends`, in stages: the ends[s] nearest (ascending numbers, 1 and more)
+ * stand before out[ends[s]], each stage ascending by cell number. When all cells are wanted they
+ * come unranked. */
+#define CELL_STAGES_MAX 16u
+uint32_t cells_nearest_in_stages(const struct cells *cells, const struct distance_kernels *kernels,
+                                 enum metric metric, const float *query, const uint32_t *ends,
+                                 uint32_t stage_count, void *scratch, uint32_t *out);
+
 #endif

@@ -16,9 +16,9 @@
 
 struct walk_rule {
     uint32_t search_list; /* candidates kept, estimated or read; loaded nodes in it are expanded */
-    uint32_t cells;       /* scanned for seeds before the first read; 0: the entry point alone */
-    uint32_t patience;    /* s: the last so many reads must have brought no new hit */
-    float gain;           /* tau: stop below so many expected hits; 0: read the whole list */
+    uint32_t cells; /* scanned for seeds at most before the first read; 0: the entry point alone */
+    uint32_t patience; /* s: the last so many reads must have brought no new hit */
+    float gain;        /* tau: stop below so many expected hits; 0: read the whole list */
 };
 
 /* One measured point. */

@@ -419,6 +419,66 @@ static void test_ties_are_taken_in_order_on_every_instruction_set(void **state)
 }
 
 /* Sums of products near 2^31 on both sides: the widest vectors, all ends of the scale. */
+static uint32_t nearest_in_stages(const struct cells *cells, const struct distance_kernels *kernels,
+                                  const float *query, const uint32_t *ends, uint32_t stages,
+                                  uint32_t *out)
+{
+    size_t bytes = cells_scratch_bytes(cells, ends[stages - 1]);
+    void *scratch = must(aligned_alloc(64, align_up(bytes, 64)));
+    uint32_t found =
+        cells_nearest_in_stages(cells, kernels, METRIC_L2, query, ends, stages, scratch, out);
+
+    free(scratch);
+    return found;
+}
+
+/* Few distinct centroids, so that stages end among equals; one level of cells, and two. */
+static void test_stages_hold_the_nearest_in_their_order(void **state)
+{
+    static const uint32_t counts[] = {300, 5000};
+    static const uint32_t ends[][4] = {{1, 2, 4, 8}, {25, 50, 100, 200}, {7, 8, 100, 299}};
+
+    (void)state;
+    for (uint32_t c = 0; c < 2; c++) {
+        struct data data = make_data(counts[c] * CELL_ROWS, 6, 80 + c, true);
+
+        for (uint32_t i = 0; i < data.rows * 6; i++)
+            data.vectors[i] = (float)((uint32_t)data.vectors[i] / 64 * 64);
+        struct cells *cells = make_cells(&data);
+        uint32_t all[300], out[300], first[300];
+
+        for (uint32_t round = 0; round < 12; round++) {
+            const uint32_t *end = ends[round % 3];
+            const float *query = data.vectors + (size_t)round * 97 % data.rows * 6;
+
+            for (enum isa isa = ISA_SCALAR; isa < ISA_COUNT; isa++) {
+                const struct distance_kernels *kernels = distance_kernels_for(isa);
+
+                if (!kernels)
+                    continue;
+                assert_int_equal(nearest_in_stages(cells, kernels, query, end, 4, out), end[3]);
+                assert_int_equal(nearest(cells, kernels, METRIC_L2, query, end[3], all), end[3]);
+                for (uint32_t i = 0; i < end[3]; i++)
+                    assert_true(holds(out, end[3], all[i]));
+                for (uint32_t s = 0; s < 4; s++) {
+                    for (uint32_t i = s ? end[s - 1] + 1 : 1; i < end[s]; i++)
+                        assert_true(out[i] > out[i - 1]);
+                    if (c == 0) { /* one level is exact: a stage's end is as good as its own call */
+                        nearest(cells, kernels, METRIC_L2, query, end[s], all);
+                        for (uint32_t i = 0; i < end[s]; i++)
+                            assert_true(holds(out, end[s], all[i]));
+                    }
+                }
+                if (isa == ISA_SCALAR)
+                    memcpy(first, out, sizeof out);
+                assert_memory_equal(first, out, end[3] * sizeof *out);
+            }
+        }
+        cells_free(cells);
+        drop_data(&data);
+    }
+}
+
 static void test_the_widest_vectors_do_not_overflow(void **state)
 {
     uint32_t dim = DISTANCE_DIM_MAX, out[2];
@@ -706,6 +766,7 @@ int main(void)
         cmocka_unit_test(test_the_last_cell_may_hold_fewer_rows),
         cmocka_unit_test(test_every_instruction_set_gives_the_same_cells),
         cmocka_unit_test(test_ties_are_taken_in_order_on_every_instruction_set),
+        cmocka_unit_test(test_stages_hold_the_nearest_in_their_order),
         cmocka_unit_test(test_the_widest_vectors_do_not_overflow),
         cmocka_unit_test(test_ties_go_to_the_lower_cells),
         cmocka_unit_test(test_no_more_cells_than_there_are),
