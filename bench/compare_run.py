@@ -223,6 +223,8 @@ class Annd:
                    "--beam-width", str(setting["beam_width"]), "--repeat", str(min(repeat, 1000))]
         if setting.get("cells") and option == "--recall":
             options += ["--cells", str(setting["cells"])]
+        if setting["inflight"] == 1:
+            options += ["--prefer", "latency"]
         if memory:
             options += ["--index-memory", str(memory)]
         if self.machine.has_reads_in_flight:

@@ -66,8 +66,7 @@ struct page_slot {
 struct walk_scratch {
     struct disk_search_limits limits;
     float *floats; /* of quantiser_table */
-    void *cell_scratch;
-    uint32_t *cells; /* ascending */
+    void *cells;   /* of cells_nearest_in_stages */
     struct code_span spans[SPANS_MAX];
     uint16_t sums[SCAN_MAX];
     uint32_t below[BATCH_MAX];
@@ -92,6 +91,12 @@ struct disk_search {
     struct search_hit *hits; /* ascending by (distance, key) */
     uint32_t hit_count;
     uint32_t hidden; /* UINT32_MAX: none */
+
+    uint32_t *cells; /* by stage, ascending in each */
+    uint32_t stage_ends[CELL_STAGES_MAX];
+    uint32_t stage_count;
+    uint32_t stage; /* the next */
+    bool seeding;   /* begun with early reads, and not continued yet */
 
     struct page_set pages; /* asked for, or worked off from memory */
     struct cell_set scanned;
@@ -175,7 +180,7 @@ uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits)
 
     return sizeof(struct disk_search) + limits->dim_max * 5ull + limits->table_entries_max * 2 +
            candidate_list_memory_bytes(capacity) + scored_list_memory_bytes(capacity) +
-           limits->k_max * sizeof(struct search_hit) +
+           limits->cells_max * 4ull + limits->k_max * sizeof(struct search_hit) +
            page_set_memory_bytes(pages_expected(capacity)) +
            cell_set_memory_bytes(limits->cells_max) + visited_memory_bytes(VISITED_EXPECTED) +
            slots_of(limits) * (sizeof(struct page_slot) + 16 + (uint64_t)limits->buffer_bytes_max);
@@ -184,7 +189,7 @@ uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits)
 uint64_t walk_scratch_memory_bytes(const struct disk_search_limits *limits)
 {
     return sizeof(struct walk_scratch) + limits->scratch_floats_max * 4 +
-           limits->cell_scratch_bytes_max + limits->cells_max * 4ull;
+           limits->cell_scratch_bytes_max;
 }
 
 static void *aligned(uint64_t bytes)
@@ -209,9 +214,8 @@ int walk_scratch_new(const struct disk_search_limits *limits, struct walk_scratc
     memset(scratch, 0, sizeof *scratch);
     scratch->limits = *limits;
     scratch->floats = aligned(limits->scratch_floats_max * 4);
-    scratch->cell_scratch = aligned(limits->cell_scratch_bytes_max);
-    scratch->cells = malloc((limits->cells_max + 1ull) * sizeof *scratch->cells);
-    if (!scratch->floats || !scratch->cell_scratch || !scratch->cells) {
+    scratch->cells = aligned(limits->cell_scratch_bytes_max);
+    if (!scratch->floats || !scratch->cells) {
         walk_scratch_free(scratch);
         return error_set(err, ERR_NOMEM, "no memory for the searches of a thread");
     }
@@ -229,7 +233,6 @@ void walk_scratch_free(struct walk_scratch *scratch)
     if (!scratch)
         return;
     free(scratch->floats);
-    free(scratch->cell_scratch);
     free(scratch->cells);
     free(scratch);
 }
@@ -258,14 +261,15 @@ int disk_search_new(const struct disk_search_limits *limits, struct walk_scratch
     s->query.vector = malloc(limits->dim_max * 4ull + 4);
     s->query.integers = malloc(limits->dim_max + 1ull);
     s->table.entries = aligned(limits->table_entries_max * 2);
+    s->cells = malloc((limits->cells_max + 1ull) * sizeof *s->cells);
     s->hits = malloc(limits->k_max * sizeof *s->hits);
     s->slots = calloc(s->slot_count, sizeof *s->slots);
     s->flying = malloc(s->slot_count * sizeof *s->flying);
     s->free_slots = malloc(s->slot_count * sizeof *s->free_slots);
     s->wanted = malloc(s->slot_count * sizeof *s->wanted);
     s->buffers = file_buffer_alloc((uint64_t)s->slot_count * limits->buffer_bytes_max);
-    if (!s->query.vector || !s->query.integers || !s->table.entries || !s->hits || !s->slots ||
-        !s->flying || !s->free_slots || !s->wanted || !s->buffers ||
+    if (!s->query.vector || !s->query.integers || !s->table.entries || !s->cells || !s->hits ||
+        !s->slots || !s->flying || !s->free_slots || !s->wanted || !s->buffers ||
         candidate_list_init(&s->list, list_capacity(limits), err) < 0 ||
         scored_list_init(&s->scored, list_capacity(limits), err) < 0 ||
         page_set_init(&s->pages, pages_expected(list_capacity(limits)), err) < 0 ||
@@ -287,6 +291,7 @@ void disk_search_free(struct disk_search *s)
     free(s->query.vector);
     free(s->query.integers);
     free(s->table.entries);
+    free(s->cells);
     free(s->hits);
     free(s->slots);
     free(s->flying);
@@ -518,37 +523,49 @@ static uint32_t scan_cells(struct disk_search *s, const uint32_t *cells, uint32_
     return entered;
 }
 
-/* The nearest cells are scanned in stages, each twice the one before, up to the rule's number; when
- * few of a stage's codes are better than what was found before, those of the next are not looked
- * at. Many cells are for the few queries whose neighbours are scattered. */
-static void seed(struct disk_search *s)
+/* Cells are scanned in stages, each with twice the cells of the one before, up to the rule's
+ * number; when few of a stage's codes are better than what was found before, those of the next are
+ * not looked at. Many cells are for the few queries whose neighbours are scattered. */
+static void rank_cells(struct disk_search *s)
 {
     const struct disk_index *index = s->index;
-    struct walk_scratch *scratch = s->scratch;
-    uint32_t want = s->params.rule.cells, first = 0;
-    uint32_t ends[CELL_STAGES_MAX], stages = 1;
+    uint32_t want = s->params.rule.cells, stages = want ? 1 : 0;
 
     if (want > cells_count(index->cells))
         want = cells_count(index->cells);
-    cell_set_clear(&s->scanned, want);
-    while (stages < CELL_STAGES_MAX && want >> stages >= FIRST_CELLS)
+    /* All cells come unranked. */
+    while (want < cells_count(index->cells) && stages < CELL_STAGES_MAX &&
+           want >> stages >= FIRST_CELLS)
         stages++;
     for (uint32_t i = 0; i < stages; i++)
-        ends[i] = want >> (stages - 1 - i);
-    if (want)
-        cells_nearest_in_stages(index->cells, index->kernels, index->metric, s->query.vector, ends,
-                                stages, scratch->cell_scratch, scratch->cells);
-    for (uint32_t i = 0; i < stages && first < want; i++) {
-        uint32_t entered = scan_cells(s, scratch->cells + first, ends[i] - first);
+        s->stage_ends[i] = want >> (stages - 1 - i);
+    s->stage_count = stages;
+    s->stage = 0;
+    cell_set_clear(&s->scanned, want);
+    if (stages)
+        cells_nearest_in_stages(index->cells, index->kernels, index->metric, s->query.vector,
+                                s->stage_ends, stages, s->scratch->cells, s->cells);
+}
 
-        first = ends[i];
-        if (entered * STAGE_PART < s->list.limit)
-            break;
-    }
+static void scan_stage(struct disk_search *s)
+{
+    uint32_t first = s->stage ? s->stage_ends[s->stage - 1] : 0;
+    uint32_t entered = scan_cells(s, s->cells + first, s->stage_ends[s->stage] - first);
+
+    s->stage = entered * STAGE_PART < s->list.limit ? s->stage_count : s->stage + 1;
+}
+
+/* What is left of the stages, and the entry point. */
+static void finish_seeds(struct disk_search *s)
+{
+    const struct disk_index *index = s->index;
+
+    while (s->stage < s->stage_count)
+        scan_stage(s);
     if (index->entry_point != s->hidden &&
         !cell_set_has(&s->scanned,
                       disk_index_cell(index, disk_index_page(index, index->entry_point)))) {
-        scratch->batch[s->batch_count++] = index->entry_point;
+        s->scratch->batch[s->batch_count++] = index->entry_point;
         batch_estimate(s);
         candidate_list_cut(&s->list);
     }
@@ -797,6 +814,26 @@ static int choose(struct disk_search *s)
     }
 }
 
+/* The nearest candidates of the first cells are nearly always read in the end. */
+static void ask_early(struct disk_search *s)
+{
+    const struct candidate_columns *columns = &s->list.columns;
+
+    while (s->flying_count < s->beam_width &&
+           !(s->params.reads_max && s->flying_count >= s->params.reads_max)) {
+        uint32_t page,
+            best = s->passes->nearest(columns->distance, columns->page, s->list.count,
+                                      (uint32_t)s->index->resident_page_count, UINT32_MAX);
+
+        if (best == LIST_NONE || rank_of(s, columns->distance[best]) >= s->params.k)
+            return;
+        page = columns->page[best];
+        if (!claim_page(s, page))
+            return;
+        ask(s, s->index->pages, page, 1, 0);
+    }
+}
+
 /* ---- exact scores ---- */
 
 /* Asks for the originals of the hits that are still to be scored, as many as there are buffers. */
@@ -990,11 +1027,32 @@ int disk_search_begin(struct disk_search *s, const struct disk_index *index, con
         s->spread_factor = 2 * s->estimate_scale / sqrtf((float)index->dim);
     phase_end(s, began, &s->stats.prepare_us);
     began = phase_begin(s);
-    seed(s);
+    rank_cells(s);
+    if (params->early_reads && s->stage_count > 1) {
+        scan_stage(s);
+        ask_early(s);
+    }
+    phase_end(s, began, &s->stats.seed_us);
+    s->seeding = true;
+    if (s->flying_count == 0)
+        disk_search_continue(s);
+    return 0;
+}
+
+bool disk_search_seeding(const struct disk_search *s)
+{
+    return s->seeding;
+}
+
+void disk_search_continue(struct disk_search *s)
+{
+    double began = phase_begin(s);
+
+    s->seeding = false;
+    finish_seeds(s);
     phase_end(s, began, &s->stats.seed_us);
     if (choose(s) == 0)
         advance(s); /* a failure here is the query's, told by disk_search_error */
-    return 0;
 }
 
 uint32_t disk_search_wanted(struct disk_search *s, struct reader_read **reads, uint32_t max)
@@ -1021,7 +1079,9 @@ int disk_search_arrived(struct disk_search *s, struct reader_read *read, struct 
                         (unsigned long long)slot->block, (unsigned long long)read->offset);
         fail(s);
     }
-    if (!s->failed)
+    if (!s->failed && s->seeding)
+        disk_search_continue(s);
+    else if (!s->failed)
         advance(s);
     if (s->failed && s->error.code != ERR_NONE && err && err->code == ERR_NONE)
         *err = s->error;

@@ -44,6 +44,7 @@ struct search_params {
     struct walk_rule rule;  /* search_list is raised to k */
     uint32_t beam_width;    /* reads in flight; 0: the scratch's */
     uint32_t reads_max;     /* stop after so many pages read; 0: no limit */
+    bool early_reads;       /* for latency: read the nearest before all cells are scanned */
     bool exact_scores;      /* score the hits again from the originals, in one burst of reads */
     bool explain;           /* measure the time of each phase */
     uint64_t deadline_us;   /* CLOCK_MONOTONIC; 0: none */
@@ -122,6 +123,11 @@ uint64_t disk_search_memory_bytes(const struct disk_search_limits *limits);
  * exact_scores is asked of a field whose originals were dropped. */
 int disk_search_begin(struct disk_search *search, const struct disk_index *index,
                       const float *query, const struct search_params *params, struct error *err);
+/* True after a begin with early reads: those are to be submitted, and disk_search_continue then
+ * scans the other cells while the drive works. An arrival continues by itself: the answer is the
+ * same. */
+bool disk_search_seeding(const struct disk_search *search);
+void disk_search_continue(struct disk_search *search);
 /* Reads to submit now; the structs and their buffers belong to the search. 0 while all are in
  * flight or the query is done. */
 uint32_t disk_search_wanted(struct disk_search *search, struct reader_read **reads, uint32_t max);

@@ -182,6 +182,8 @@ static void give_up(struct worker *worker, struct slot *slot)
         finish(worker, slot);
 }
 
+static void pump(struct worker *worker);
+
 static void start(struct worker *worker, struct search_task *task)
 {
     struct slot *slot = worker->slots;
@@ -202,6 +204,13 @@ static void start(struct worker *worker, struct search_task *task)
     slot->lapsed = false;
     worker->busy++;
     settle(worker, slot);
+    if (disk_search_seeding(slot->search)) {
+        pump(worker);
+        if (slot->task == task && !slot->lapsed) { /* pump gives up what is late */
+            disk_search_continue(slot->search);
+            settle(worker, slot);
+        }
+    }
 }
 
 /* Submits what the slots in line want, as far as the thread's share goes. */

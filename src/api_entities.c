@@ -572,6 +572,7 @@ static int search_prepare(struct http_exchange *exchange, struct entity_call *ca
         return -1;
     if (request->tuning.beam_width == 0)
         request->tuning.beam_width = api_service(exchange)->beam_width;
+    request->tuning.early_reads = api_service(exchange)->early_reads;
     request->deadline_us = http_deadline_us(exchange);
     request->cancelled = http_cancelled(exchange);
     return 0;

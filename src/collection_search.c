@@ -95,6 +95,7 @@ static void part_make(struct search_part *part, uint32_t segment, const struct d
     part->params = (struct search_params){
         .k = k,
         .beam_width = tuning->beam_width ? tuning->beam_width : REQUEST_BEAM_WIDTH_DEFAULT,
+        .early_reads = tuning->early_reads,
         .exact_scores = tuning->exact_scores,
         .explain = tuning->explain,
         .deadline_us = request->deadline_us,

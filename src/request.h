@@ -91,6 +91,7 @@ struct search_tuning {
     uint32_t nprobe;
     uint32_t level;
     uint32_t beam_width;
+    bool early_reads;        /* the service's preference */
     uint32_t reads_max;      /* pages a query may read */
     bool exact_scores;       /* from the original vectors */
     bool explain;            /* the answer tells what the search did */

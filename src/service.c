@@ -213,7 +213,8 @@ static int open_engine(struct service *service, const struct service_options *op
     if (slot_bytes + scratch_bytes > left) {
         error_set(err, ERR_BUDGET,
                   "one search takes %llu KiB of scratch, %llu KiB are left of the %llu MiB granted",
-                  (unsigned long long)((slot_bytes + scratch_bytes) / 1024), (unsigned long long)(left / 1024),
+                  (unsigned long long)((slot_bytes + scratch_bytes) / 1024),
+                  (unsigned long long)(left / 1024),
                   (unsigned long long)(service->memory_bytes / MEBIBYTE));
         error_remedy(err, "grant more with --memory");
         return -1;
@@ -222,6 +223,7 @@ static int open_engine(struct service *service, const struct service_options *op
         return -1;
     service->memory_used += search_engine_memory_bytes(service->engine);
     service->backend = search_engine_backend(service->engine);
+    service->early_reads = options->prefer_latency;
     service->beam_width = options->prefer_latency ? LATENCY_BEAM_WIDTH : REQUEST_BEAM_WIDTH_DEFAULT;
     return 0;
 }

@@ -59,6 +59,7 @@ struct service {
     uint64_t memory_used;  /* indexes and engine */
     uint64_t started_us;
     uint32_t beam_width; /* of searches that ask for none */
+    bool early_reads;    /* of all searches: for latency */
 };
 
 /* ERR_NOT_FOUND, ERR_BUSY when another server has the directory, ERR_BUDGET when what must be

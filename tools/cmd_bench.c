@@ -65,6 +65,7 @@ struct load {
     const struct queries *queries;
     const struct truth *truth;
     uint32_t k;
+    bool early_reads;
     uint64_t total;
     uint64_t next;               /* turn; atomic */
     uint64_t histogram[BUCKETS]; /* atomic */
@@ -298,6 +299,7 @@ static int measure(struct load *load, const struct setting *setting, struct reco
             (struct client){.task = {.index = load->index,
                                      .params = {.k = load->k,
                                                 .rule = setting->rule,
+                                                .early_reads = load->early_reads,
                                                 .exact_scores = setting->exact_scores},
                                      .hits = load->hits + (uint64_t)i * load->k,
                                      .done = client_done,
@@ -525,6 +527,7 @@ static int run(const struct arguments *arguments, struct error *err)
     load->queries = &queries;
     load->truth = &truth;
     load->k = c.k;
+    load->early_reads = latency;
     load->total = (uint64_t)queries.count * option_u32(arguments, "repeat");
     if (load_init(load, c.inflight, err) < 0 ||
         search_engine_open(&options, &load->engine, err) < 0)
@@ -560,7 +563,9 @@ static const struct option options[] = {
      "in their place: candidates kept, all read, one record each; the default without calibration",
      0, 0},
     {"prefer", OPTION_TEXT, "WHAT", "throughput", "latency|throughput",
-     "latency: 32 reads at once, beam 4; throughput: 128, beam 2", 0, 0},
+     "latency: 32 reads at once, beam 4, the first before all cells are scanned; "
+     "throughput: 128, beam 2",
+     0, 0},
     {"reads-in-flight", OPTION_NUMBER, "N", NULL, NULL, "reads at once over all threads", 1,
      1u << 20},
     {"beam-width", OPTION_NUMBER, "W", NULL, NULL, "reads at once of one query", 1,

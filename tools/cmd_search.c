@@ -463,6 +463,7 @@ static int run(const struct arguments *arguments, struct error *err)
                                         .query = queries.vectors + i / segments * queries.dim,
                                         .params = {.k = k,
                                                    .rule = plan.rules[i % segments],
+                                                   .early_reads = true,
                                                    .exact_scores = exact_scores,
                                                    .explain = plan.explain},
                                         .hits = hits + i * k};

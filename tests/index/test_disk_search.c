@@ -31,6 +31,7 @@ struct run {
     double recall;         /* by the index's own calibration; 0: the whole list */
     struct walk_rule rule; /* when its list is not 0 */
     uint32_t reads_max;
+    bool early_reads;
     bool exact_scores, explain;
     const uint32_t *hidden; /* a position for each query */
 };
@@ -99,6 +100,7 @@ static struct outcome search(const struct small_index *small, const struct run *
                                  .params = {.k = out.k,
                                             .rule = out.rule,
                                             .reads_max = run->reads_max,
+                                            .early_reads = run->early_reads,
                                             .exact_scores = run->exact_scores,
                                             .explain = run->explain,
                                             .cancelled = run->cancelled,
@@ -246,6 +248,51 @@ static void test_answers_do_not_depend_on_threads_company_backend_or_memory(void
     }
     assert_true(recall(&small, &resident) >= 0.95);
     outcome_free(&resident);
+    outcome_free(&reference);
+    small_index_remove(&small);
+}
+
+/* Reads that go out before all cells are scanned: whenever they come back, the same answers, which
+ * are no worse. */
+static void test_early_reads_do_not_make_answers_depend_on_timing(void **state)
+{
+    struct small_options options = small_options_default(4000, 24);
+    struct small_index small;
+    struct run run = plain;
+    static const struct {
+        uint32_t threads, slots;
+    } shapes[] = {{1, 8}, {4, 1}, {3, 5}, {4, 16}};
+
+    (void)state;
+    small_index_make(&options, &small);
+    run.rule = (struct walk_rule){.search_list = 60, .cells = 44};
+    struct outcome late = search(&small, &run);
+
+    assert_true(late.cell_count > run.rule.cells); /* or they are one stage */
+
+    run.early_reads = true;
+    struct outcome reference = search(&small, &run);
+
+    assert_true(recall(&small, &reference) >= recall(&small, &late) - 0.01);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        for (enum reader_backend backend = READER_AUTO; backend <= READER_PREAD; backend++) {
+            struct run other = run;
+            char reason[256];
+
+            if (backend == READER_URING && reader_probe(reason) != READER_URING)
+                continue;
+            other.threads = shapes[i].threads;
+            other.slots = shapes[i].slots;
+            other.backend = backend;
+            struct outcome out = search(&small, &other);
+
+            assert_same(&small, &reference, &out);
+            for (uint32_t q = 0; q < small.query_count; q++)
+                assert_int_equal(out.tasks[q].stats.reads, reference.tasks[q].stats.reads);
+            outcome_free(&out);
+        }
+    }
+    outcome_free(&late);
     outcome_free(&reference);
     small_index_remove(&small);
 }
@@ -947,6 +994,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_recall_floor_for_every_metric_and_store),
         cmocka_unit_test(test_vectors_wider_than_a_page_are_found),
         cmocka_unit_test(test_answers_do_not_depend_on_threads_company_backend_or_memory),
+        cmocka_unit_test(test_early_reads_do_not_make_answers_depend_on_timing),
         cmocka_unit_test(test_a_damaged_page_fails_only_the_queries_that_need_it),
         cmocka_unit_test(test_more_queries_than_the_queue_holds_are_all_answered),
         cmocka_unit_test(test_cancelled_and_late_queries_end_with_their_own_error),
