@@ -563,7 +563,7 @@ static const struct option options[] = {
      "in their place: candidates kept, all read, one record each; the default without calibration",
      0, 0},
     {"prefer", OPTION_TEXT, "WHAT", "throughput", "latency|throughput",
-     "latency: 32 reads at once, beam 4, the first before all cells are scanned; "
+     "latency: 32 reads at once, beam 4, the first ones early; "
      "throughput: 128, beam 2",
      0, 0},
     {"reads-in-flight", OPTION_NUMBER, "N", NULL, NULL, "reads at once over all threads", 1,
