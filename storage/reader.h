@@ -61,7 +61,8 @@ const char *reader_backend_name(enum reader_backend backend);
 
 /* Tries io_uring in a child process (a seccomp filter may kill it): ring, NOP and one real read of
  * this program's own file. Returns READER_URING, or READER_PREAD with the cause in `reason`
- * (256 bytes). Call once, before any thread or ring exists; later calls return the first answer. */
+ * (256 bytes). ANND_IO=pread in the environment gives READER_PREAD untried: for tests. Call once,
+ * before any thread or ring exists; later calls return the first answer. */
 enum reader_backend reader_probe(char reason[256]);
 
 /* "auto", "uring" or "pread"; ERR_INVALID names the choices. */
