@@ -252,6 +252,8 @@ int disk_search_new(const struct disk_search_limits *limits, struct walk_scratch
                          DISK_SEARCH_BEAM_MAX, SEARCH_LIST_MAX, DISK_SEARCH_CELLS_MAX,
                          limits->beam_width, limits->search_list_max, limits->k_max,
                          limits->cells_max);
+    if (memcmp(limits, &scratch->limits, sizeof *limits) != 0)
+        return error_set(err, ERR_INVALID, "a search and its thread's scratch differ in limits");
     s = calloc(1, sizeof *s);
     if (!s)
         return error_set(err, ERR_NOMEM, "no memory for a search");
