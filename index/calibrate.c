@@ -47,8 +47,8 @@ static const struct {
 
 static const uint32_t calibrated_k[KS] = {1, 10, 100};
 static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, PATIENCE_MAX};
-static const float targets[] = {0.80f, 0.85f,  0.90f, 0.93f,  0.95f,  0.97f,
-                                0.98f, 0.985f, 0.99f, 0.995f, 0.998f, 0.999f};
+static const float targets[] = {0.80f,  0.85f, 0.90f,  0.93f,   0.95f,  0.97f, 0.98f,
+                                0.985f, 0.99f, 0.995f, 0.9965f, 0.998f, 0.999f};
 
 #define TARGETS (sizeof targets / sizeof targets[0])
 
