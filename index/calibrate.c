@@ -1,4 +1,4 @@
-/* How it works: each query is walked once per k and share of resident pages, under a rule laxer in
+/* How it works: a query is walked once per k and share of resident pages, under a rule laxer in
  * nothing than any that is offered, while an observer notes every moment at which some rule could
  * have stopped: the reads so far, how quiet they were, the gain to be expected, the true hits. What
  * a rule (patience, gain) would have answered is then looked up: the first moment that meets it. A
@@ -28,9 +28,14 @@
 #define SHARES_MAX 4u
 #define SHARE_LEAST 200u /* a curve of its own from one page in so many on */
 #define WALKS 8u /* of one worker at once, so that its core does not wait for single reads */
-#define GRAIN 32u
+#define GRAIN 16u
 #define EFFORTS 5u
-#define EFFORTS_MIN 3u      /* measured in any case */
+#define EFFORTS_MIN 3u /* measured in any case */
+#define TRUTH_BITS 9u
+#define TRUTH_PLACES (1u << TRUTH_BITS) /* more than twice the greatest k */
+#define PLACE_FREE 0u
+#define PLACE_TAKEN UINT32_MAX /* being filled */
+#define CACHE_BYTES_MAX (1ull << 30)
 #define READS_PER_LISTED 4u /* bounds a walk, and with it its trace */
 #define PATIENCES 8u
 #define PATIENCE_MAX 10u
@@ -46,6 +51,10 @@ static const struct {
 } efforts[EFFORTS] = {{120, 50}, {250, 100}, {250, 200}, {400, 400}, {500, 800}};
 
 static const uint32_t calibrated_k[KS] = {1, 10, 100};
+/* Queries that walk at each k: where the index is to be served, and at the other shares. A query of
+ * k 100 says more, and takes ten times as long, as one of k 10. */
+static const uint32_t queries_main[KS] = {UINT32_MAX, UINT32_MAX, 250};
+static const uint32_t queries_other[KS] = {300, UINT32_MAX, 150};
 static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, PATIENCE_MAX};
 static const float targets[] = {0.80f,  0.85f, 0.90f,  0.93f,   0.95f,  0.97f, 0.98f,
                                 0.985f, 0.99f, 0.995f, 0.9965f, 0.998f, 0.999f};
@@ -77,9 +86,12 @@ struct walk {
     struct search_hit *hits;
     struct moment *moments;
     uint32_t count;
-    uint64_t query;
+    uint32_t query; /* of the run's */
     bool busy;
     float lowest[PATIENCE_MAX + 1]; /* gain noted so far with at least so much quiet */
+    uint32_t truth[TRUTH_PLACES];   /* the query's, a table by hash of positions */
+    uint32_t counted_last;          /* the last hit when `counted` was made, UINT32_MAX: never */
+    uint32_t counted;               /* true hits */
 };
 
 /* A worker's. */
@@ -89,40 +101,154 @@ struct crew {
     struct error error;
 };
 
-/* What all queries do at one k and share. */
+/* Pages that were read once, for the walks to come at the same share. A page has one place it may
+ * take, and the first to come keeps it: so a worker fills a place and the others read it without a
+ * lock. Walks count their reads all the same: results do not depend on what is found here. */
+struct page_cache {
+    uint8_t *pages;          /* place_count x page_bytes */
+    _Atomic uint32_t *holds; /* page + 1, or PLACE_FREE, PLACE_TAKEN */
+    uint64_t place_count;    /* 0: no cache */
+    uint32_t page_bytes;
+};
+
+/* What the queries of one share of resident pages do at one k. */
 struct run {
     const struct disk_index *index;
     const struct calibrate_queries *queries;
     struct disk_search_limits limits;
     struct walk_rule rule;
     uint32_t k;
-    uint32_t *truth; /* count x k, ascending for each query */
+    uint32_t count; /* of the queries that walk: query i is number i * all / count of all */
     struct trace *traces;
     struct crew *crews;
+    struct page_cache cache;
     struct job *job;
     atomic_bool failed;
 };
 
-static int compare_positions(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-
-    return (x > y) - (x < y);
-}
-
-static uint32_t true_hits(const struct walk *walk, const struct search_hit *hits, uint32_t count)
-{
-    uint32_t k = walk->run->k, found = 0;
-    const uint32_t *truth = walk->run->truth + walk->query * k;
-
-    for (uint32_t i = 0; i < count; i++)
-        found += bsearch(&hits[i].position, truth, k, sizeof *truth, compare_positions) != NULL;
-    return found;
-}
-
 static uint32_t moments_max(const struct disk_search_limits *limits)
 {
     return READS_PER_LISTED * limits->search_list_max + 1;
+}
+
+/* ---- pages read before ---- */
+
+static void cache_release(struct page_cache *cache)
+{
+    free(cache->pages);
+    free(cache->holds);
+    *cache = (struct page_cache){0};
+}
+
+/* As large as what `memory_bytes_max` leaves beside the index and the workers' scratch; going
+ * without is no error. Pages are touched as they are filled. */
+static void cache_make(struct page_cache *cache, const struct run *run, uint32_t workers,
+                       uint64_t memory_bytes_max)
+{
+    const struct disk_index *index = run->index;
+    uint64_t pages = index->format.page_count - index->resident_page_count;
+    uint64_t place_bytes = index->format.page_bytes + sizeof *cache->holds, room = CACHE_BYTES_MAX;
+    uint64_t held = index->memory_bytes +
+                    workers * (walk_scratch_memory_bytes(&run->limits) +
+                               WALKS * (disk_search_memory_bytes(&run->limits) +
+                                        moments_max(&run->limits) * sizeof(struct moment)));
+
+    cache_release(cache);
+    if (memory_bytes_max)
+        held = memory_bytes_max > held ? memory_bytes_max - held : 0;
+    if (memory_bytes_max && held < room)
+        room = held;
+    if (room / place_bytes < pages)
+        pages = room / place_bytes;
+    if (!pages)
+        return;
+    cache->pages = malloc(pages * index->format.page_bytes);
+    cache->holds = calloc(pages, sizeof *cache->holds);
+    if (!cache->pages || !cache->holds) {
+        cache_release(cache);
+        return;
+    }
+    cache->page_bytes = index->format.page_bytes;
+    cache->place_count = pages;
+}
+
+static uint64_t page_of(const struct run *run, const struct reader_read *read)
+{
+    return read->offset / run->index->format.page_bytes;
+}
+
+static bool cache_get(struct run *run, struct reader_read *read)
+{
+    struct page_cache *cache = &run->cache;
+    uint64_t page = page_of(run, read), place;
+
+    if (!cache->place_count)
+        return false;
+    place = page % cache->place_count;
+    if (atomic_load_explicit(&cache->holds[place], memory_order_acquire) != page + 1)
+        return false;
+    memcpy(read->buffer, cache->pages + place * cache->page_bytes, cache->page_bytes);
+    return true;
+}
+
+/* What was read may be damaged: whoever gets it checks it. */
+static void cache_put(struct run *run, const struct reader_read *read)
+{
+    struct page_cache *cache = &run->cache;
+    uint64_t page = page_of(run, read), place;
+    uint32_t free_place = PLACE_FREE;
+
+    if (!cache->place_count || read->error)
+        return;
+    place = page % cache->place_count;
+    if (!atomic_compare_exchange_strong(&cache->holds[place], &free_place, PLACE_TAKEN))
+        return;
+    memcpy(cache->pages + place * cache->page_bytes, read->buffer, cache->page_bytes);
+    atomic_store_explicit(&cache->holds[place], (uint32_t)page + 1, memory_order_release);
+}
+
+/* ---- one walk ---- */
+
+static uint32_t query_number(const struct run *run, uint32_t query)
+{
+    return (uint32_t)((uint64_t)query * run->queries->count / run->count);
+}
+
+static uint32_t *truth_place(uint32_t *truth, uint32_t position)
+{
+    uint32_t i = (position * 2654435769u) >> (32 - TRUTH_BITS); /* 2^32 / golden ratio */
+
+    while (truth[i] != UINT32_MAX && truth[i] != position)
+        i = (i + 1) % TRUTH_PLACES;
+    return &truth[i];
+}
+
+static void truth_begin(struct walk *walk, uint32_t number)
+{
+    const struct calibrate_queries *queries = walk->run->queries;
+
+    memset(walk->truth, 0xff, sizeof walk->truth);
+    for (uint32_t i = 0; i < walk->run->k; i++) {
+        uint32_t position = queries->truth[(uint64_t)number * queries->truth_k + i];
+
+        *truth_place(walk->truth, position) = position;
+    }
+    walk->counted_last = UINT32_MAX;
+}
+
+/* Of a full list of hits the last one leaves when another enters, and never comes back: the same
+ * last one means the same hits. */
+static uint32_t true_hits(struct walk *walk, const struct search_hit *hits, uint32_t count)
+{
+    bool full = count == walk->run->k;
+
+    if (full && walk->counted_last == hits[count - 1].position)
+        return walk->counted;
+    walk->counted = 0;
+    for (uint32_t i = 0; i < count; i++)
+        walk->counted += *truth_place(walk->truth, hits[i].position) == hits[i].position;
+    walk->counted_last = full ? hits[count - 1].position : UINT32_MAX;
+    return walk->counted;
 }
 
 /* Notes a moment unless every rule it meets was met before, by one as quiet and of no more gain. */
@@ -144,25 +270,28 @@ static void observe(void *context, const struct search_moment *moment)
     };
 }
 
-static int walk_begin(struct walk *walk, uint64_t query, struct error *err)
+static int walk_begin(struct walk *walk, uint32_t query, struct error *err)
 {
     const struct run *run = walk->run;
+    uint32_t number = query_number(run, query);
     const struct search_params params = {
         .k = run->k,
         .rule = run->rule,
         .beam_width = 1,
         .reads_max = READS_PER_LISTED * run->rule.search_list,
-        .hidden = run->queries->hidden ? &run->queries->hidden[query] : NULL,
+        .hidden = run->queries->hidden ? &run->queries->hidden[number] : NULL,
         .observe = observe,
         .observe_context = walk,
     };
 
     walk->query = query;
     walk->count = 0;
+    truth_begin(walk, number);
     for (uint32_t q = 0; q <= PATIENCE_MAX; q++)
         walk->lowest[q] = INFINITY;
-    if (disk_search_begin(walk->search, run->index, run->queries->vectors + query * run->index->dim,
-                          &params, err) < 0)
+    if (disk_search_begin(walk->search, run->index,
+                          run->queries->vectors + (uint64_t)number * run->index->dim, &params,
+                          err) < 0)
         return -1;
     walk->busy = true;
     return 0;
@@ -230,48 +359,73 @@ static int crew_prepare(const struct run *run, struct crew *crew)
     return 0;
 }
 
-/* Walks queries [begin, end). A reader is its thread's own, so it lives no longer than this. */
+/* Goes on with a walk until it is done or waits for the disk: then *read is what for, else NULL. */
+static int walk_on(struct run *run, struct walk *walk, struct reader_read **read, struct error *err)
+{
+    while (disk_search_wanted(walk->search, read, 1)) {
+        if (!cache_get(run, *read))
+            return 0;
+        if (disk_search_arrived(walk->search, *read, err) < 0)
+            return -1;
+    }
+    *read = NULL; /* nothing wanted and nothing in flight: done */
+    return walk_end(walk, err) < 0 ? -1 : job_advance(run->job, 1, err);
+}
+
+static struct walk *walk_of(struct crew *crew, const void *search)
+{
+    uint32_t w = 0;
+
+    while (crew->walks[w].search != search)
+        w++;
+    return &crew->walks[w];
+}
+
+/* Walks queries [begin, end). A reader is its thread's own, so it lives no longer than this; it is
+ * opened when something is to be read. */
 static void measure_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
     struct run *run = context;
     struct crew *crew = &run->crews[worker];
-    struct reader_read *reads[WALKS];
+    struct reader_read *wanted[WALKS], *done[WALKS], *read;
     struct reader *reader = NULL;
     uint64_t next = begin;
-    uint32_t busy = 0;
+    uint32_t wanted_count = 0, done_count;
 
     if (atomic_load(&run->failed))
         return;
-    if (crew_prepare(run, crew) < 0 || reader_open(READER_AUTO, WALKS, &reader, &crew->error) < 0)
+    if (crew_prepare(run, crew) < 0)
         goto done;
-    while (next < end || busy) {
-        uint32_t count = 0;
-
+    for (;;) {
         for (uint32_t w = 0; w < WALKS; w++) {
             struct walk *walk = &crew->walks[w];
 
-            if (!walk->busy && next < end) {
-                if (walk_begin(walk, next++, &crew->error) < 0)
+            while (!walk->busy && next < end) {
+                if (walk_begin(walk, (uint32_t)next++, &crew->error) < 0 ||
+                    walk_on(run, walk, &read, &crew->error) < 0)
                     goto done;
-                busy++;
-            }
-            if (!walk->busy)
-                continue;
-            /* One read a walk at most: the reader's depth holds them all. */
-            count += disk_search_wanted(walk->search, reads + count, 1);
-            if (disk_search_done(walk->search)) {
-                if (walk_end(walk, &crew->error) < 0 || job_advance(run->job, 1, &crew->error) < 0)
-                    goto done;
-                busy--;
+                if (read)
+                    wanted[wanted_count++] = read;
             }
         }
+        if (!wanted_count && (!reader || !reader_in_flight(reader)))
+            break;
+        if (!reader && reader_open(READER_AUTO, WALKS, &reader, &crew->error) < 0)
+            goto done;
         /* What could not be submitted comes back from reader_wait with its error. */
-        if (count)
-            reader_submit(reader, reads, count, NULL);
-        count = reader_wait(reader, reads, WALKS, true);
-        for (uint32_t i = 0; i < count; i++) {
-            if (disk_search_arrived(reads[i]->owner, reads[i], &crew->error) < 0)
+        if (wanted_count)
+            reader_submit(reader, wanted, wanted_count, NULL);
+        wanted_count = 0;
+        done_count = reader_wait(reader, done, WALKS, true);
+        for (uint32_t i = 0; i < done_count; i++) {
+            struct walk *walk = walk_of(crew, done[i]->owner);
+
+            cache_put(run, done[i]);
+            if (disk_search_arrived(walk->search, done[i], &crew->error) < 0 ||
+                walk_on(run, walk, &read, &crew->error) < 0)
                 goto done;
+            if (read)
+                wanted[wanted_count++] = read;
         }
     }
 done:
@@ -282,7 +436,7 @@ done:
 
 static void traces_release(struct run *run)
 {
-    for (uint32_t q = 0; run->traces && q < run->queries->count; q++)
+    for (uint32_t q = 0; run->traces && q < run->count; q++)
         free(run->traces[q].moments);
     free(run->traces);
     run->traces = NULL;
@@ -316,7 +470,7 @@ static void add(struct grid *grid, uint32_t p, uint32_t g, uint32_t reads, uint3
 /* Fills the sums: a trace goes down the gains once for each patience. */
 static void grid_fill(struct grid *grid, const struct run *run)
 {
-    uint32_t n = run->queries->count;
+    uint32_t n = run->count;
 
     memset(grid, 0, sizeof *grid);
     for (double gain = 4.0 * run->k / 10; gain >= GAIN_LEAST; gain *= GAIN_RATIO)
@@ -405,7 +559,7 @@ static bool grid_step(struct grid *grid, uint32_t t, uint32_t n)
 
 static void curve_fill(struct grid *grid, const struct run *run, struct walk_curve *curve)
 {
-    uint32_t n = run->queries->count, reached = 0;
+    uint32_t n = run->count, reached = 0;
     uint32_t page_units = run->index->format.page_bytes / FILE_BLOCK_BYTES;
     uint32_t cells[TARGETS], last_gain, cell;
 
@@ -441,7 +595,7 @@ static void curve_fill(struct grid *grid, const struct run *run, struct walk_cur
 static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, struct pool *pool,
                           struct walk_curve *curve, double *codes, struct error *err)
 {
-    uint32_t count = run->queries->count, workers = pool ? pool_workers(pool) : 1;
+    uint32_t count = run->count, workers = pool ? pool_workers(pool) : 1;
     uint32_t many = run->k >= 100 ? 2 : 1, cells = cells_count(run->index->cells);
     int rc = -1;
 
@@ -452,19 +606,10 @@ static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, s
                                    .cells = cells,
                                    .patience = PATIENCE_MAX,
                                    .gain = GAIN_OFF};
-    run->truth = malloc((size_t)count * run->k * sizeof *run->truth);
     run->traces = calloc(count, sizeof *run->traces);
-    if (!run->truth || !run->traces) {
-        error_set(err, ERR_NOMEM, "no memory for the calibration's %" PRIu32 " queries", count);
-        goto done;
-    }
-    for (uint32_t q = 0; q < count; q++) {
-        uint32_t *truth = run->truth + (size_t)q * run->k;
-
-        memcpy(truth, run->queries->truth + (size_t)q * run->queries->truth_k,
-               run->k * sizeof *truth);
-        qsort(truth, run->k, sizeof *truth, compare_positions);
-    }
+    if (!run->traces)
+        return error_set(err, ERR_NOMEM, "no memory for the calibration's %" PRIu32 " queries",
+                         count);
     pool_for(pool, count, GRAIN, measure_range, run);
     for (uint32_t w = 0; w < workers; w++) {
         if (run->crews[w].error.code != ERR_NONE) {
@@ -478,8 +623,6 @@ static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, s
         *codes += (double)run->traces[q].codes / count;
     rc = 0;
 done:
-    free(run->truth);
-    run->truth = NULL;
     traces_release(run);
     return rc;
 }
@@ -546,9 +689,11 @@ static int curve_measure(struct run *run, struct grid *grid, struct pool *pool,
     return 0;
 }
 
-/* Numbers of resident pages to measure at, ascending. `base`: the index that holds none. */
+/* Numbers of resident pages to measure at, ascending; *main_share is the one it will be served at.
+ * `base`: the index that holds none. */
 static uint32_t shares_choose(const struct disk_index *base, uint64_t serve_memory_bytes,
-                              uint64_t memory_bytes_max, uint64_t pages[SHARES_MAX])
+                              uint64_t memory_bytes_max, uint64_t pages[SHARES_MAX],
+                              uint32_t *main_share)
 {
     uint64_t all = base->format.page_count, page_bytes = base->format.page_bytes;
     /* What is served holds the calibration as well. */
@@ -558,6 +703,7 @@ static uint32_t shares_choose(const struct disk_index *base, uint64_t serve_memo
     uint64_t wanted[SHARES_MAX] = {0, served < all ? served : all, all / 2, all};
     uint32_t count = 0;
 
+    *main_share = 0;
     if (wanted[1] > wanted[2]) {
         wanted[1] = all / 2;
         wanted[2] = served < all ? served : all;
@@ -572,9 +718,18 @@ static uint32_t shares_choose(const struct disk_index *base, uint64_t serve_memo
         if (count && (float)((double)wanted[i] / (double)all) <=
                          (float)((double)pages[count - 1] / (double)all))
             continue;
+        if (wanted[i] <= served)
+            *main_share = count;
         pages[count++] = wanted[i];
     }
     return count;
+}
+
+static uint32_t queries_at(const struct calibrate_queries *queries, bool is_main, uint32_t k_index)
+{
+    uint32_t most = is_main ? queries_main[k_index] : queries_other[k_index];
+
+    return queries->count < most ? queries->count : most;
 }
 
 int calibrate_field(const struct segment *segment, uint32_t field,
@@ -585,8 +740,8 @@ int calibrate_field(const struct segment *segment, uint32_t field,
     struct disk_index *index = NULL;
     struct grid *grid = calloc(1, sizeof *grid);
     struct run run = {.queries = queries, .job = job};
-    uint32_t workers = pool ? pool_workers(pool) : 1, ks = 0, share_count;
-    uint64_t pages[SHARES_MAX], base_bytes, page_bytes;
+    uint32_t workers = pool ? pool_workers(pool) : 1, ks = 0, share_count, main_share;
+    uint64_t pages[SHARES_MAX], base_bytes, page_bytes, walks = 0;
     int rc = -1;
 
     memset(out, 0, sizeof *out);
@@ -605,16 +760,20 @@ int calibrate_field(const struct segment *segment, uint32_t field,
         goto done;
     base_bytes = index->memory_bytes;
     page_bytes = index->format.page_bytes;
-    share_count = shares_choose(index, serve_memory_bytes, memory_bytes_max, pages);
+    share_count = shares_choose(index, serve_memory_bytes, memory_bytes_max, pages, &main_share);
     run.limits =
         (struct disk_search_limits){.search_list_max = 2 * efforts[EFFORTS - 1].search_list,
                                     .cells_max = 2 * efforts[EFFORTS - 1].cells,
                                     .k_max = calibrated_k[ks - 1],
                                     .beam_width = 1};
     disk_search_limits_raise(&run.limits, index);
-    job_phase(job, "calibrate", (uint64_t)queries->count * ks * share_count * EFFORTS);
+    for (uint32_t s = 0; s < share_count; s++)
+        for (uint32_t i = 0; i < ks; i++)
+            walks += (uint64_t)queries_at(queries, s == main_share, i) * EFFORTS;
+    job_phase(job, "calibrate", walks);
     for (uint32_t s = 0; s < share_count; s++) {
-        if (s > 0) { /* one at a time in memory */
+        if (s > 0) { /* one at a time in memory, and no pages of the one before */
+            cache_release(&run.cache);
             disk_index_close(index);
             index = NULL;
             if (disk_index_open(segment, field, base_bytes + pages[s] * page_bytes, &index, err) <
@@ -622,8 +781,10 @@ int calibrate_field(const struct segment *segment, uint32_t field,
                 goto done;
         }
         run.index = index;
+        cache_make(&run.cache, &run, workers, memory_bytes_max);
         for (uint32_t i = 0; i < ks; i++) {
             run.k = calibrated_k[i];
+            run.count = queries_at(queries, s == main_share, i);
             if (curve_measure(&run, grid, pool, &out->curves[i * share_count + s], err) < 0)
                 goto done;
         }
@@ -636,6 +797,7 @@ done:
     for (uint32_t w = 0; run.crews && w < workers; w++)
         crew_release(&run.crews[w]);
     free(run.crews);
+    cache_release(&run.cache);
     free(grid);
     disk_index_close(index);
     return rc;

@@ -23,7 +23,11 @@ struct calibrate_queries {
 
 /* Measures curves at several resident shares: none, what serve_memory_bytes allows (0: skip), and
  * half and all the pages where memory_bytes_max (0: no limit) permits to hold them; the workers'
- * scratch, some MB each, is not counted, since the result must not depend on their number. Calls
+ * scratch, some MB each, is not counted, since the result must not depend on their number. What
+ * memory_bytes_max leaves beyond that holds pages that were read, 1 GiB of them at most: that
+ * spares reads and changes no result. It bounds what is held in here: what the caller holds
+ * meanwhile is to be taken off first. For k of 10 all queries walk, for 100 an even part of some
+ * hundreds; for 1 all at the share that is served, a part at the others. Calls
  * reader_open(READER_AUTO) on every worker. ERR_INVALID: no queries or no truth; ERR_CANCELLED,
  * ERR_IO, ERR_CORRUPT, ERR_NOMEM. */
 int calibrate_field(const struct segment *segment, uint32_t field,

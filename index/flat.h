@@ -9,8 +9,9 @@
 #include "storage/base/pool.h"
 
 /* The k nearest rows of `base` for each of query_count queries (query_count x dim floats). The base
- * is streamed in blocks; memory is query_count x (k + 64) x 8 bytes and a block. Rows are found
- * with float kernels and ranked by distances in double, ties by lower row. Distances: squared L2
+ * is streamed in blocks; memory is query_count x ((k + 64) x 8 bytes + a vector), a block of 8 MiB
+ * and 256 KiB a worker. Rows are found by float products, where those are too coarse by kernels in
+ * a second pass, and ranked by distances in double, ties by lower row. Distances: squared L2
  * ascending, 1 - cosine ascending, inner product descending. A zero vector's cosine is 0.
  * ERR_INVALID: k above the row count, NaN in the base. *out ends with truth_release(). */
 int flat_truth(const struct vector_source *base, const float *queries, uint32_t query_count,

@@ -1,7 +1,7 @@
 /* How a page is filled. With everything but edges placed, the rest of the page is the edges'
- * budget. The largest common degree cap whose coded lists fit is found by bisection; then lists are
- * extended one edge each, in slot order, as long as the page holds them. Lists arrive in prune
- * order (alpha 1 first), so cutting a list's tail is what pruning it harder would have done.
+ * budget. All lists are cut to one common length, one edge after another, until they fit; then
+ * lists get their last edge back, in slot order, as long as the page holds them. Lists arrive in
+ * prune order (alpha 1 first), so cutting a list's tail is what pruning it harder would have done.
  *
  * How capacity is chosen. More nodes a page mean fewer pages for the true neighbours but shorter
  * lists. calibration.md's sweep on 128-d u8 found 20 nodes with 44 edges best, that is about 70
@@ -95,11 +95,8 @@ int page_format_check(const struct page_format *format, struct error *err)
 
 static uint32_t varint_bytes(uint32_t value)
 {
-    return value < (1u << 7)    ? 1
-           : value < (1u << 14) ? 2
-           : value < (1u << 21) ? 3
-           : value < (1u << 28) ? 4
-                                : 5;
+    return 1u + (value >= 1u << 7) + (value >= 1u << 14) + (value >= 1u << 21) +
+           (value >= 1u << 28);
 }
 
 static uint8_t *varint_put(uint8_t *out, uint32_t value)
@@ -126,72 +123,113 @@ static uint32_t unzigzag(uint32_t from, uint32_t coded)
     return from + ((coded >> 1) ^ (uint32_t) - (int32_t)(coded & 1));
 }
 
-static int compare_u32(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-
-    return (x > y) - (x < y);
-}
-
+/* A node's edges out of the page, ascending. Those kept are a list within the list: each knows the
+ * one before and the one behind, count + 1 standing for the end, so that one leaves at no cost. */
 struct edge_list {
-    uint32_t positions[PAGE_DEGREE_MAX]; /* out of the page, in prune order */
+    uint32_t positions[PAGE_DEGREE_MAX + 1]; /* from 1 on; 0 is free */
+    uint16_t places[PAGE_DEGREE_MAX];        /* by prune order: where each stands */
+    uint16_t before[PAGE_DEGREE_MAX + 2];
+    uint16_t behind[PAGE_DEGREE_MAX + 2];
     uint32_t count;
     uint32_t kept;
+    uint32_t saved; /* bytes that the edge that left last took */
 };
 
-/* Coded bytes of the first `take` edges; *sorted gets them ascending. */
-static uint32_t edges_coded(const struct edge_list *list, uint32_t take, uint32_t first,
-                            uint32_t *sorted)
+/* Lists are short, and counting what is less takes no branches. */
+static void edges_fill(struct edge_list *list, const struct page_node *node, uint32_t first,
+                       uint32_t node_count)
+{
+    uint32_t positions[PAGE_DEGREE_MAX], count = 0;
+
+    for (uint32_t e = 0; e < node->degree && count < PAGE_DEGREE_MAX; e++) {
+        uint32_t position = node->neighbours[e];
+
+        positions[count] = position;
+        count += position - first >= node_count;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t position = positions[i], place = 1;
+
+        for (uint32_t j = 0; j < i; j++)
+            place += positions[j] <= position;
+        for (uint32_t j = i + 1; j < count; j++)
+            place += positions[j] < position;
+        list->places[i] = (uint16_t)place;
+        list->positions[place] = position;
+    }
+    for (uint32_t i = 0; i <= count; i++) {
+        list->before[i + 1] = (uint16_t)i;
+        list->behind[i] = (uint16_t)(i + 1);
+    }
+    list->count = list->kept = count;
+    list->saved = 0;
+}
+
+/* What is stored of the edge at `place` when the one at `before` is stored before it. */
+static uint32_t edge_value(const struct edge_list *list, uint32_t before, uint32_t place,
+                           uint32_t first)
+{
+    return before ? list->positions[place] - list->positions[before] - 1
+                  : zigzag(first, list->positions[place]);
+}
+
+/* Coded bytes of a whole list. */
+static uint32_t edges_coded(const struct edge_list *list, uint32_t first)
 {
     uint32_t bytes = 0;
 
-    memcpy(sorted, list->positions, take * sizeof *sorted);
-    qsort(sorted, take, sizeof *sorted, compare_u32);
-    for (uint32_t i = 0; i < take; i++)
-        bytes += varint_bytes(i == 0 ? zigzag(first, sorted[0]) : sorted[i] - sorted[i - 1] - 1);
+    for (uint32_t place = 1; place <= list->count; place++)
+        bytes += varint_bytes(edge_value(list, place - 1, place, first));
     return bytes;
 }
 
-static uint32_t edges_total(struct edge_list *lists, uint32_t node_count, uint32_t cap,
-                            uint32_t first)
+/* The last in prune order leaves: never for more bytes, as a gap takes no more than its parts. */
+static void edges_cut(struct edge_list *list, uint32_t first)
 {
-    uint32_t sorted[PAGE_DEGREE_MAX], bytes = 0;
+    uint32_t place = list->places[--list->kept];
+    uint32_t before = list->before[place], behind = list->behind[place];
 
-    for (uint32_t i = 0; i < node_count; i++) {
-        lists[i].kept = lists[i].count < cap ? lists[i].count : cap;
-        bytes += edges_coded(&lists[i], lists[i].kept, first, sorted);
+    list->saved = varint_bytes(edge_value(list, before, place, first));
+    if (behind <= list->count) {
+        list->saved += varint_bytes(edge_value(list, place, behind, first));
+        list->saved -= varint_bytes(edge_value(list, before, behind, first));
     }
-    return bytes;
+    list->behind[before] = (uint16_t)behind;
+    list->before[behind] = (uint16_t)before;
+}
+
+static void edges_restore(struct edge_list *list)
+{
+    uint32_t place = list->places[list->kept++];
+
+    list->behind[list->before[place]] = (uint16_t)place;
+    list->before[list->behind[place]] = (uint16_t)place;
 }
 
 static void edges_fit(struct edge_list *lists, uint32_t node_count, uint32_t first, uint32_t budget)
 {
-    uint32_t low = 0, high = 0, sorted[PAGE_DEGREE_MAX];
-
-    for (uint32_t i = 0; i < node_count; i++)
-        high = lists[i].count > high ? lists[i].count : high;
-    if (edges_total(lists, node_count, high, first) <= budget)
-        return;
-    while (low + 1 < high) { /* low fits, high does not */
-        uint32_t middle = low + (high - low) / 2;
-
-        if (edges_total(lists, node_count, middle, first) <= budget)
-            low = middle;
-        else
-            high = middle;
-    }
-    uint32_t used = edges_total(lists, node_count, low, first);
+    uint32_t cap = 0, used = 0;
 
     for (uint32_t i = 0; i < node_count; i++) {
-        if (lists[i].count <= low)
-            continue;
-        uint32_t before = edges_coded(&lists[i], low, first, sorted);
-        uint32_t after = edges_coded(&lists[i], low + 1, first, sorted);
-
-        if (used + after - before <= budget) {
-            used += after - before;
-            lists[i].kept = low + 1;
+        cap = lists[i].count > cap ? lists[i].count : cap;
+        used += edges_coded(&lists[i], first);
+    }
+    if (used <= budget)
+        return;
+    while (used > budget && cap > 0) {
+        cap--;
+        for (uint32_t i = 0; i < node_count; i++) {
+            if (lists[i].kept <= cap)
+                continue;
+            edges_cut(&lists[i], first);
+            used -= lists[i].saved;
         }
+    }
+    for (uint32_t i = 0; i < node_count; i++) {
+        if (lists[i].count <= cap || used + lists[i].saved > budget)
+            continue;
+        used += lists[i].saved;
+        edges_restore(&lists[i]);
     }
 }
 
@@ -253,16 +291,8 @@ int page_encode(const struct page_format *format, uint64_t page, const struct pa
                   (unsigned long long)page, node_count, fixed, payload_bytes);
         goto done;
     }
-    for (uint32_t i = 0; i < node_count; i++) {
-        lists[i].count = 0;
-        for (uint32_t e = 0; e < nodes[i].degree && lists[i].count < PAGE_DEGREE_MAX; e++) {
-            uint32_t position = nodes[i].neighbours[e];
-
-            if (position - first >= node_count)
-                lists[i].positions[lists[i].count++] = position;
-        }
-        lists[i].kept = lists[i].count;
-    }
+    for (uint32_t i = 0; i < node_count; i++)
+        edges_fill(&lists[i], &nodes[i], first, node_count);
     edges_fit(lists, node_count, first, payload_bytes - fixed);
 
     store_u16(payload, (uint16_t)node_count);
@@ -282,12 +312,10 @@ int page_encode(const struct page_format *format, uint64_t page, const struct pa
 
     out = edges;
     for (uint32_t i = 0; i < node_count; i++) {
-        uint32_t sorted[PAGE_DEGREE_MAX];
+        const struct edge_list *list = &lists[i];
 
-        edges_coded(&lists[i], lists[i].kept, first, sorted);
-        for (uint32_t e = 0; e < lists[i].kept; e++)
-            out =
-                varint_put(out, e == 0 ? zigzag(first, sorted[0]) : sorted[e] - sorted[e - 1] - 1);
+        for (uint32_t place = list->behind[0]; place <= list->count; place = list->behind[place])
+            out = varint_put(out, edge_value(list, list->before[place], place, first));
         store_u16(ends + i * EDGE_END_BYTES, (uint16_t)(out - edges));
         if (edges_kept)
             *edges_kept += lists[i].kept;

@@ -355,6 +355,47 @@ static void test_one_worker_and_four_measure_the_same(void **state)
     free(bytes[1]);
 }
 
+/* Without a limit pages that were read are kept, with the least one none are. */
+static void test_pages_kept_in_memory_change_no_result(void **state)
+{
+    struct calibrate_queries known = queries_of(0, 200);
+    struct walk_calibration kept, read_again;
+
+    (void)state;
+    calibrate(&known, 0, UNLIMITED, 4, &kept);
+    calibrate(&known, 0, 1, 4, &read_again);
+    assert_int_equal(kept.curve_count, 6);
+    assert_int_equal(read_again.curve_count, 2);
+    for (uint32_t c = 0; c < 2; c++)
+        assert_memory_equal(&kept.curves[3 * c], &read_again.curves[c], sizeof kept.curves[0]);
+}
+
+static void test_an_even_part_of_the_queries_measures_shares_that_are_not_served(void **state)
+{
+    const uint32_t part = 300; /* at k of 1 */
+    struct calibrate_queries all = queries_of(0, HALF), some = {.count = part, .truth_k = K};
+    float *vectors = malloc((size_t)part * DIM * sizeof *vectors);
+    uint32_t *nearest = malloc((size_t)part * K * sizeof *nearest);
+    struct walk_calibration of_all, of_some;
+
+    (void)state;
+    for (uint32_t i = 0; i < part; i++) {
+        size_t q = (size_t)i * HALF / part;
+
+        memcpy(vectors + (size_t)i * DIM, all.vectors + q * DIM, DIM * sizeof *vectors);
+        memcpy(nearest + (size_t)i * K, all.truth + q * K, K * sizeof *nearest);
+    }
+    some.vectors = vectors;
+    some.truth = nearest;
+    calibrate(&all, 0, UNLIMITED, 4, &of_all);
+    calibrate(&some, 0, UNLIMITED, 4, &of_some);
+    assert_int_equal(of_all.curve_count, 6); /* k of 1 and 10; none, half, all */
+    assert_memory_equal(&of_all.curves[1], &of_some.curves[1], sizeof of_all.curves[1]);
+    assert_memory_not_equal(&of_all.curves[0], &of_some.curves[0], sizeof of_all.curves[0]);
+    free(vectors);
+    free(nearest);
+}
+
 static void shares_are(uint64_t serve_pages, uint64_t max_pages, const double *shares,
                        uint32_t count)
 {
@@ -521,6 +562,8 @@ int main(void)
         cmocka_unit_test(test_every_target_is_reached_on_fresh_queries),
         cmocka_unit_test(test_the_promise_of_a_rule_is_what_the_rule_does),
         cmocka_unit_test(test_one_worker_and_four_measure_the_same),
+        cmocka_unit_test(test_pages_kept_in_memory_change_no_result),
+        cmocka_unit_test(test_an_even_part_of_the_queries_measures_shares_that_are_not_served),
         cmocka_unit_test(test_shares_are_those_that_are_served_and_may_be_held),
         cmocka_unit_test(test_more_pages_in_memory_mean_fewer_reads),
         cmocka_unit_test(test_a_row_that_serves_as_query_is_not_its_own_answer),

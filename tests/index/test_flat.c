@@ -231,14 +231,38 @@ static void test_k_may_be_the_row_count_and_no_more(void **state)
 
 static void test_more_rows_than_a_block_holds_are_all_seen(void **state)
 {
-    /* 4 MiB blocks: three of them and a bit. */
-    struct set s = set_make(ELEMENT_F32, 3500, 3, 1024, 0, 12);
+    /* 8 MiB blocks: two of them and a bit. */
+    struct set s = set_make(ELEMENT_F32, 4500, 3, 1024, 0, 12);
 
     (void)state;
-    memcpy(s.queries, s.rows + 3499 * 1024, 1024 * sizeof *s.queries);
-    memcpy(s.queries + 1024, s.rows + 1024 * 1024, 1024 * sizeof *s.queries);
+    memcpy(s.queries, s.rows + 4499 * 1024, 1024 * sizeof *s.queries);
+    memcpy(s.queries + 1024, s.rows + 2048 * 1024, 1024 * sizeof *s.queries);
     for (size_t m = 0; m < 3; m++)
         check(&s, 10, metrics[m], 2);
+    set_free(&s);
+}
+
+static void test_more_queries_and_rows_than_are_multiplied_at_once_are_all_seen(void **state)
+{
+    struct set s = set_make(ELEMENT_U8, 1300, 300, 24, 0, 13);
+
+    (void)state;
+    for (size_t m = 0; m < 3; m++)
+        check(&s, 7, metrics[m], 3);
+    set_free(&s);
+}
+
+/* Their products differ by less than one rounding. */
+static void test_neighbours_far_from_the_origin_are_told_apart(void **state)
+{
+    struct set s = set_make(ELEMENT_F32, 3000, 140, 16, 0.0625f, 14);
+
+    (void)state;
+    for (uint32_t i = 0; i < s.row_count * s.dim; i++)
+        s.rows[i] += 16384;
+    for (uint32_t i = 0; i < s.query_count / 2 * s.dim; i++) /* of the others no row is near */
+        s.queries[i] += 16384;
+    check(&s, 10, METRIC_L2, 3);
     set_free(&s);
 }
 
@@ -292,6 +316,8 @@ int main(void)
         cmocka_unit_test(test_a_zero_vector_has_cosine_similarity_zero),
         cmocka_unit_test(test_k_may_be_the_row_count_and_no_more),
         cmocka_unit_test(test_more_rows_than_a_block_holds_are_all_seen),
+        cmocka_unit_test(test_more_queries_and_rows_than_are_multiplied_at_once_are_all_seen),
+        cmocka_unit_test(test_neighbours_far_from_the_origin_are_told_apart),
         cmocka_unit_test(test_nan_in_the_base_is_refused_by_row_and_dimension),
         cmocka_unit_test(test_a_cancelled_scan_says_so),
     };
