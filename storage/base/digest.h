@@ -19,6 +19,12 @@ void digest_update(struct digest *digest, const void *data, size_t bytes);
 /* Writes the 32 bytes and frees the digest. */
 void digest_finish(struct digest *digest, uint8_t out[DIGEST_BYTES]);
 
+/* What a running digest of a multiple of 64 bytes has come to, so that it can go on in another
+ * process. */
+#define DIGEST_STATE_BYTES 40u
+void digest_save(const struct digest *digest, uint8_t state[DIGEST_STATE_BYTES]);
+void digest_restore(struct digest *digest, const uint8_t state[DIGEST_STATE_BYTES]);
+
 /* Lower-case hex of `bytes` bytes and a NUL: out has 2 * bytes + 1. */
 void digest_hex(const uint8_t *data, size_t bytes, char *out);
 

@@ -1,6 +1,6 @@
 /* Checks storage/segment.c and storage/segment_writer.c: what was appended comes back, damage of
- * any one byte is found, bytes from the wrong place are found, and no failing call lets half a
- * segment be published. */
+ * any one byte is found, bytes from the wrong place are found, no failing call lets half a segment
+ * be published, and a writer that was killed or lost its power is resumed to the same bytes. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -1034,6 +1034,725 @@ static void test_a_lying_disk_is_found_out(void **state)
           true);
 }
 
+/* Killed and resumed. The parts: several runs with whole blocks left over, blocks wider than a
+ * page, no block at all, blocks as large as a run. */
+static const struct part resumed[] = {{"f.pages", SECTION_PAGES, 4096, 260 * 4092 + 100},
+                                      {"f.codes", SECTION_CODES, 8192, 20000},
+                                      {"stats", SECTION_STATS, 4096, 0},
+                                      {"wide", SECTION_ROWS, 1u << 20, 1100000},
+                                      {"f.vectors", SECTION_VECTORS, 12288, 10 * 12284}};
+#define RESUMED_COUNT 5u
+#define CHECKPOINT_EVERY 400000u /* payload bytes */
+
+/* What a resumable build saw. */
+struct progress {
+    uint64_t begun_at[RESUMED_COUNT]; /* UINT64_MAX: not begun */
+    uint64_t safe[RESUMED_COUNT];     /* payload bytes the last checkpoint holds */
+    uint32_t safe_sections;           /* whole in the last checkpoint */
+};
+
+/* Writes the parts with checkpoints, from where an earlier call was killed. `progress` counts on.
+ */
+static int write_resumable(struct vfs *vfs, const char *path, uint64_t seed,
+                           struct progress *progress, struct error *err)
+{
+    struct segment_writer *writer = NULL;
+    uint8_t id[DIGEST_BYTES];
+    uint8_t *data = NULL;
+    int rc = -1;
+
+    make_id(id, seed);
+    for (uint32_t i = 0; i < RESUMED_COUNT; i++)
+        progress->begun_at[i] = UINT64_MAX;
+    if (segment_writer_resume(vfs, path, id, 77, &writer, err) < 0)
+        goto done;
+    for (uint32_t i = 0; i < RESUMED_COUNT; i++) {
+        const struct part *part = &resumed[i];
+        uint64_t at, held, safe = 0;
+
+        if (segment_writer_has(writer, part->name))
+            continue;
+        free(data);
+        data = payload_of_part(part, seed);
+        if (segment_writer_begin_at(writer, part->name, part->kind, part->block_bytes, NULL, &at,
+                                    err) < 0)
+            goto done;
+        progress->begun_at[i] = at;
+        for (uint64_t since = 0; at < part->payload_bytes;) {
+            uint64_t left = part->payload_bytes - at, bytes = left < 70001 ? left : 70001;
+
+            if (segment_writer_append(writer, data + at, bytes, err) < 0)
+                goto done;
+            at += bytes;
+            since += bytes;
+            if (since < CHECKPOINT_EVERY)
+                continue;
+            since = 0;
+            if (segment_writer_checkpoint(writer, &safe, err) < 0)
+                goto done;
+            assert_int_equal(safe, at - at % (part->block_bytes - BLOCK_CRC_BYTES));
+            progress->safe[i] = safe;
+            progress->safe_sections = i;
+        }
+        if (segment_writer_end(writer, err) < 0)
+            goto done;
+        if (i == 0 && manifest_set_u64(segment_writer_manifest(writer), "f.degree", 32, err) < 0)
+            goto done;
+        if (i == 3 && segment_writer_preview(writer, err) < 0)
+            goto done;
+        if (i % 2 == 1)
+            continue;
+        if (segment_writer_checkpoint(writer, &held, err) < 0)
+            goto done;
+        assert_int_equal(held, 0);
+        progress->safe_sections = i + 1;
+    }
+    rc = segment_writer_publish(writer, err);
+done:
+    free(data);
+    segment_writer_close(writer);
+    return rc;
+}
+
+/* The same without checkpoints, by the calls that know nothing of them. */
+static void write_undisturbed(const char *path, uint64_t seed)
+{
+    must_write(path, resumed, RESUMED_COUNT, seed);
+}
+
+static void must_be_equal(const char *a, const char *b)
+{
+    char **names[2];
+    uint32_t counts[2];
+
+    assert_int_equal(file_list(vfs_posix(), a, &names[0], &counts[0], NULL), 0);
+    assert_int_equal(file_list(vfs_posix(), b, &names[1], &counts[1], NULL), 0);
+    assert_int_equal(counts[0], counts[1]);
+    for (uint32_t i = 0; i < counts[0]; i++) {
+        uint8_t *data[2];
+        size_t bytes[2];
+
+        assert_string_equal(names[0][i], names[1][i]);
+        read_file(a, names[0][i], &data[0], &bytes[0]);
+        read_file(b, names[0][i], &data[1], &bytes[1]);
+        assert_int_equal(bytes[0], bytes[1]);
+        assert_memory_equal(data[0], data[1], bytes[0]);
+        free(data[0]);
+        free(data[1]);
+    }
+    file_names_free(names[0], counts[0]);
+    file_names_free(names[1], counts[1]);
+}
+
+static int no_sync(struct vfs_file *file, bool data_only)
+{
+    (void)file;
+    (void)data_only;
+    return 0;
+}
+
+static int no_dirsync(struct vfs *vfs, const char *path)
+{
+    (void)vfs;
+    (void)path;
+    return 0;
+}
+
+/* The real files without the wait for the disk: a killed process loses nothing by it. */
+static struct vfs unsynced_vfs(void)
+{
+    struct vfs vfs = *vfs_posix();
+
+    vfs.sync = no_sync;
+    vfs.dirsync = no_dirsync;
+    return vfs;
+}
+
+static void kill_sweep(const struct vfs_fault_plan *kind)
+{
+    struct vfs unsynced = unsynced_vfs();
+    struct progress progress = {.safe_sections = 0};
+    struct error err = ERROR_INIT;
+    struct vfs_fault fault;
+    struct random random;
+    char path[400], plain[400], tmp[410];
+    uint64_t calls;
+
+    path_in(plain, "undisturbed");
+    path_in(path, "killed");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    write_undisturbed(plain, 50);
+    vfs_fault_init(&fault, &unsynced);
+    random_init(&random, 50, 0);
+    vfs_fault_plan(&fault, NULL);
+    if (write_resumable(&fault.vfs, path, 50, &progress, &err) < 0)
+        fail_msg("%s", err.message);
+    calls = vfs_fault_calls(&fault, VFS_CALL_ANY);
+    must_be_equal(plain, path);
+    for (uint64_t nth = 1; nth <= calls; nth++) {
+        struct vfs_fault_plan plan = *kind;
+        bool whole = false;
+
+        assert_int_equal(file_remove_all(vfs_posix(), path, NULL), 0);
+        assert_false(file_exists(vfs_posix(), tmp));
+        memset(&progress, 0, sizeof progress);
+        plan.for_ever = true;
+        /* Every third one, and those killed near the end, are killed again while they resume. */
+        for (uint32_t kills = 0; kills < (nth % 3 == 0 || nth + 12 > calls ? 2u : 1u) && !whole;
+             kills++) {
+            struct progress before = progress;
+
+            plan.nth = kills == 0 ? nth : 1 + random_below(&random, 60);
+            vfs_fault_plan(&fault, &plan);
+            error_clear(&err);
+            if (write_resumable(&fault.vfs, path, 50, &progress, &err) == 0)
+                whole = true; /* closing failed, and that is not told */
+            assert_int_equal(vfs_fault_files_open(&fault), 0);
+            for (uint32_t i = 0; i < RESUMED_COUNT; i++) {
+                if (progress.begun_at[i] != UINT64_MAX && before.safe_sections == i)
+                    assert_true(progress.begun_at[i] >= before.safe[i]);
+            }
+        }
+        if (!whole && !file_exists(vfs_posix(), path)) {
+            struct progress before = progress;
+
+            error_clear(&err);
+            vfs_fault_plan(&fault, NULL);
+            if (write_resumable(&fault.vfs, path, 50, &progress, &err) < 0)
+                fail_msg("killed at call %lu: %s", (unsigned long)nth, err.message);
+            /* Nothing the last checkpoint held was written again. */
+            for (uint32_t i = 0; i < RESUMED_COUNT; i++) {
+                if (i < before.safe_sections)
+                    assert_true(progress.begun_at[i] == UINT64_MAX);
+                else if (i == before.safe_sections)
+                    assert_true(progress.begun_at[i] >= before.safe[i]);
+            }
+        }
+        must_be_equal(plain, path);
+        assert_int_equal(file_remove_all(vfs_posix(), tmp, NULL), 0);
+    }
+    assert_int_equal(file_remove_all(vfs_posix(), path, NULL), 0);
+    assert_int_equal(file_remove_all(vfs_posix(), plain, NULL), 0);
+    vfs_fault_release(&fault);
+}
+
+static void test_killed_at_any_call_the_resumed_segment_is_the_same(void **state)
+{
+    (void)state;
+    kill_sweep(&(struct vfs_fault_plan){.errno_value = EIO});
+    kill_sweep(&(struct vfs_fault_plan){.effect = VFS_EFFECT_TEAR_ERRNO, .errno_value = EIO});
+}
+
+/* A call that fails once, and then the same process tries again. */
+static void test_a_failed_call_leaves_what_can_be_resumed(void **state)
+{
+    struct vfs unsynced = unsynced_vfs();
+    struct progress progress = {.safe_sections = 0};
+    struct error err = ERROR_INIT;
+    struct vfs_fault fault;
+    char path[400], plain[400];
+    uint64_t calls = UINT64_MAX;
+
+    (void)state;
+    path_in(plain, "unfailed");
+    path_in(path, "failed");
+    write_undisturbed(plain, 51);
+    vfs_fault_init(&fault, &unsynced);
+    for (uint64_t nth = 1; nth <= calls; nth += 2) {
+        bool interrupted = false;
+
+        error_clear(&err);
+        vfs_fault_plan(&fault, NULL);
+        /* Half of it by one that is killed, so that the one that fails has something to resume. */
+        vfs_fault_plan(&fault,
+                       &(struct vfs_fault_plan){.nth = 40, .for_ever = true, .errno_value = EIO});
+        assert_int_equal(write_resumable(&fault.vfs, path, 51, &progress, NULL), -1);
+        vfs_fault_plan(&fault, &(struct vfs_fault_plan){.nth = nth, .errno_value = ENOSPC});
+        interrupted = write_resumable(&fault.vfs, path, 51, &progress, &err) < 0;
+        calls = vfs_fault_calls(&fault, VFS_CALL_ANY) > nth ? calls : 0;
+        vfs_fault_plan(&fault, NULL);
+        error_clear(&err);
+        if (interrupted && write_resumable(&fault.vfs, path, 51, &progress, &err) < 0)
+            fail_msg("call %lu: %s", (unsigned long)nth, err.message);
+        assert_int_equal(vfs_fault_files_open(&fault), 0);
+        must_be_equal(plain, path);
+        assert_int_equal(file_remove_all(vfs_posix(), path, NULL), 0);
+    }
+    vfs_fault_release(&fault);
+}
+
+/* A disk that loses, when the power goes, all that was not synced: written bytes become zeros, and
+ * created, renamed and removed names are as they were before. */
+struct lossy_write {
+    char path[300];
+    uint64_t offset, bytes;
+};
+
+struct lossy_name {
+    char path[300], from[300], grave[300]; /* empty: none */
+    bool created;
+};
+
+struct lossy_vfs {
+    struct vfs vfs;
+    char file_paths[8][300]; /* by open file */
+    struct vfs_file *files[8];
+    struct lossy_write writes[1000];
+    uint32_t write_count;
+    struct lossy_name names[1000];
+    uint32_t name_count;
+    uint32_t grave_count;
+    uint64_t calls; /* left until the power goes */
+};
+
+static bool lossy_alive(struct lossy_vfs *lossy)
+{
+    if (lossy->calls == 0)
+        return false;
+    lossy->calls--;
+    return true;
+}
+
+static struct lossy_name *lossy_name_add(struct lossy_vfs *lossy, const char *path)
+{
+    struct lossy_name *name = &lossy->names[lossy->name_count++];
+
+    assert_true(lossy->name_count <= 1000);
+    memset(name, 0, sizeof *name);
+    snprintf(name->path, sizeof name->path, "%s", path);
+    return name;
+}
+
+static char *lossy_path(struct lossy_vfs *lossy, struct vfs_file *file)
+{
+    for (uint32_t i = 0; i < 8; i++)
+        if (lossy->files[i] == file)
+            return lossy->file_paths[i];
+    fail_msg("not an open file");
+    return NULL;
+}
+
+static int lossy_open(struct vfs *vfs, const char *path, unsigned flags, struct vfs_file **out)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)vfs;
+    int rc;
+
+    if (!lossy_alive(lossy))
+        return -EIO;
+    rc = vfs_posix()->open(vfs, path, flags, out);
+    for (uint32_t i = 0; rc == 0 && i < 8; i++) {
+        if (lossy->files[i])
+            continue;
+        lossy->files[i] = *out;
+        snprintf(lossy->file_paths[i], sizeof lossy->file_paths[i], "%s", path);
+        break;
+    }
+    if (rc == 0 && flags & VFS_CREATE)
+        lossy_name_add(lossy, path)->created = true;
+    return rc;
+}
+
+static int lossy_close(struct vfs_file *file)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)file->vfs;
+
+    for (uint32_t i = 0; i < 8; i++)
+        if (lossy->files[i] == file)
+            lossy->files[i] = NULL;
+    return vfs_posix()->close(file);
+}
+
+static int lossy_pwrite(struct vfs_file *file, const void *buffer, size_t bytes, uint64_t offset,
+                        size_t *put)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)file->vfs;
+    struct lossy_write *write;
+
+    if (!lossy_alive(lossy))
+        return -EIO;
+    write = &lossy->writes[lossy->write_count++];
+    assert_true(lossy->write_count <= 1000);
+    snprintf(write->path, sizeof write->path, "%s", lossy_path(lossy, file));
+    write->offset = offset;
+    write->bytes = bytes;
+    return vfs_posix()->pwrite(file, buffer, bytes, offset, put);
+}
+
+static int lossy_sync(struct vfs_file *file, bool data_only)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)file->vfs;
+    const char *path = lossy_path(lossy, file);
+    uint32_t kept = 0;
+
+    (void)data_only;
+    if (!lossy_alive(lossy))
+        return -EIO;
+    for (uint32_t i = 0; i < lossy->write_count; i++)
+        if (strcmp(lossy->writes[i].path, path) != 0)
+            lossy->writes[kept++] = lossy->writes[i];
+    lossy->write_count = kept;
+    return 0;
+}
+
+/* Keeps what a name stands for, to have it back. */
+static void lossy_bury(struct lossy_vfs *lossy, const char *path, struct lossy_name *name)
+{
+    snprintf(name->grave, sizeof name->grave, "%s/grave.%u", folder, lossy->grave_count++);
+    assert_int_equal(vfs_posix()->link(vfs_posix(), path, name->grave), 0);
+    for (uint32_t i = 0; i < lossy->write_count; i++)
+        if (strcmp(lossy->writes[i].path, path) == 0)
+            snprintf(lossy->writes[i].path, sizeof lossy->writes[i].path, "%s", name->grave);
+}
+
+static int lossy_rename(struct vfs *vfs, const char *from, const char *to)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)vfs;
+    struct lossy_name *name;
+    struct vfs_stat st;
+
+    if (!lossy_alive(lossy))
+        return -EIO;
+    name = lossy_name_add(lossy, to);
+    snprintf(name->from, sizeof name->from, "%s", from);
+    if (vfs_posix()->stat(vfs_posix(), to, &st) == 0 && st.kind == VFS_FILE)
+        lossy_bury(lossy, to, name);
+    for (uint32_t i = 0; i < lossy->write_count; i++)
+        if (strcmp(lossy->writes[i].path, from) == 0)
+            snprintf(lossy->writes[i].path, sizeof lossy->writes[i].path, "%s", to);
+    return vfs_posix()->rename(vfs_posix(), from, to);
+}
+
+static int lossy_unlink(struct vfs *vfs, const char *path)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)vfs;
+    struct vfs_stat st;
+
+    if (!lossy_alive(lossy))
+        return -EIO;
+    if (vfs_posix()->stat(vfs_posix(), path, &st) == 0 && st.kind == VFS_FILE)
+        lossy_bury(lossy, path, lossy_name_add(lossy, path));
+    return vfs_posix()->unlink(vfs_posix(), path);
+}
+
+static bool is_in(const char *path, const char *parent)
+{
+    size_t bytes = strlen(parent);
+
+    return strncmp(path, parent, bytes) == 0 && path[bytes] == '/' &&
+           !strchr(path + bytes + 1, '/');
+}
+
+static int lossy_dirsync(struct vfs *vfs, const char *path)
+{
+    struct lossy_vfs *lossy = (struct lossy_vfs *)vfs;
+    uint32_t kept = 0;
+
+    if (!lossy_alive(lossy))
+        return -EIO;
+    for (uint32_t i = 0; i < lossy->name_count; i++)
+        if (!is_in(lossy->names[i].path, path))
+            lossy->names[kept++] = lossy->names[i];
+    lossy->name_count = kept;
+    return 0;
+}
+
+/* The power goes: the changed names are undone from the last one on, and what was written becomes
+ * zeros; all of it, or as far as `random` says. */
+static void lossy_cut(struct lossy_vfs *lossy, struct random *random)
+{
+    static uint8_t zeros[2u << 20];
+
+    for (uint32_t i = 0; i < lossy->write_count; i++) {
+        struct lossy_write *write = &lossy->writes[i];
+        struct vfs_file *file;
+        size_t put;
+
+        if ((random && random_below(random, 2)) ||
+            vfs_posix()->open(vfs_posix(), write->path, VFS_WRITE, &file) < 0)
+            continue;
+        assert_true(write->bytes <= sizeof zeros);
+        vfs_posix()->pwrite(file, zeros, write->bytes, write->offset, &put);
+        vfs_posix()->close(file);
+    }
+    for (uint32_t i = lossy->name_count; i-- > 0;) {
+        struct lossy_name *name = &lossy->names[i];
+
+        if (random && random_below(random, 4) == 0)
+            break; /* those before it were written back already */
+        if (name->created)
+            vfs_posix()->unlink(vfs_posix(), name->path);
+        else if (name->from[0])
+            vfs_posix()->rename(vfs_posix(), name->path, name->from);
+        if (name->grave[0])
+            vfs_posix()->rename(vfs_posix(), name->grave, name->path);
+    }
+    lossy->write_count = lossy->name_count = 0;
+}
+
+static void test_what_a_checkpoint_holds_survives_a_power_cut(void **state)
+{
+    struct lossy_vfs *lossy = calloc(1, sizeof *lossy);
+    struct error err = ERROR_INIT;
+    struct random random;
+    char path[400], plain[400], tmp[410];
+    uint64_t nth = 1;
+
+    (void)state;
+    path_in(plain, "uncut");
+    path_in(path, "cut");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    write_undisturbed(plain, 52);
+    random_init(&random, 52, 0);
+    lossy->vfs = *vfs_posix();
+    lossy->vfs.open = lossy_open;
+    lossy->vfs.close = lossy_close;
+    lossy->vfs.pwrite = lossy_pwrite;
+    lossy->vfs.sync = lossy_sync;
+    lossy->vfs.rename = lossy_rename;
+    lossy->vfs.unlink = lossy_unlink;
+    lossy->vfs.dirsync = lossy_dirsync;
+    for (bool whole = false; !whole; nth++) {
+        struct progress progress = {.safe_sections = 0}, before;
+
+        for (uint32_t cuts = 0; cuts < 1 + nth % 2 && !whole; cuts++) {
+            lossy->calls = cuts == 0 ? nth : 1 + random_below(&random, 50);
+            before = progress;
+            whole = write_resumable(&lossy->vfs, path, 52, &progress, NULL) == 0 && cuts == 0;
+            lossy_cut(lossy, nth % 3 == 0 ? NULL : &random);
+        }
+        before = progress;
+        lossy->calls = UINT64_MAX;
+        error_clear(&err);
+        if (!file_exists(vfs_posix(), path)) {
+            if (write_resumable(&lossy->vfs, path, 52, &progress, &err) < 0)
+                fail_msg("power cut at call %lu: %s", (unsigned long)nth, err.message);
+            for (uint32_t i = 0; i < RESUMED_COUNT; i++) {
+                if (i < before.safe_sections)
+                    assert_true(progress.begun_at[i] == UINT64_MAX);
+                else if (i == before.safe_sections && progress.begun_at[i] != UINT64_MAX)
+                    assert_true(progress.begun_at[i] >= before.safe[i]);
+            }
+            lossy_cut(lossy, NULL); /* published is published */
+        }
+        must_be_equal(plain, path);
+        assert_int_equal(file_remove_all(vfs_posix(), path, NULL), 0);
+        assert_int_equal(file_remove_all(vfs_posix(), tmp, NULL), 0);
+    }
+    assert_true(nth > 60);
+    free(lossy);
+}
+
+/* A folder with one whole section and `blocks` blocks of a second one in its checkpoint. */
+static void leave_checkpoint(const char *path, uint64_t blocks)
+{
+    struct segment_writer *writer = NULL;
+    struct error err = ERROR_INIT;
+    uint8_t *data = payload_of_part(&resumed[0], 53);
+    uint8_t id[DIGEST_BYTES];
+    uint64_t held;
+    char tmp[410];
+
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    assert_int_equal(file_remove_all(vfs_posix(), path, NULL), 0);
+    assert_int_equal(file_remove_all(vfs_posix(), tmp, NULL), 0);
+    make_id(id, 53);
+    if (segment_writer_resume(vfs_posix(), path, id, 77, &writer, &err) < 0)
+        fail_msg("%s", err.message);
+    append_part(writer, &resumed[1], 53);
+    assert_int_equal(segment_writer_begin(writer, "f.pages", SECTION_PAGES, 4096, NULL), 0);
+    assert_int_equal(segment_writer_append(writer, data, blocks * 4092 + 5, NULL), 0);
+    if (segment_writer_checkpoint(writer, &held, &err) < 0)
+        fail_msg("%s", err.message);
+    assert_int_equal(held, blocks * 4092);
+    /* In vain, but written. */
+    assert_int_equal(segment_writer_append(writer, data, resumed[0].payload_bytes, NULL), 0);
+    segment_writer_close(writer);
+    assert_true(file_exists(vfs_posix(), tmp));
+    free(data);
+}
+
+/* Resumes it and says what is there: whether the first section is, and where the second goes on. */
+static uint64_t resume_left(const char *path, uint64_t seed, uint64_t rows, bool *has)
+{
+    struct segment_writer *writer = NULL;
+    struct error err = ERROR_INIT;
+    uint8_t id[DIGEST_BYTES];
+    uint64_t at = UINT64_MAX;
+
+    make_id(id, seed);
+    if (segment_writer_resume(vfs_posix(), path, id, rows, &writer, &err) < 0)
+        fail_msg("%s", err.message);
+    *has = segment_writer_has(writer, "f.codes");
+    assert_false(segment_writer_has(writer, "f.pages"));
+    if (segment_writer_begin_at(writer, "f.pages", SECTION_PAGES, 4096, NULL, &at, &err) < 0)
+        fail_msg("%s", err.message);
+    assert_int_equal(segment_writer_offset(writer), at);
+    assert_false(segment_writer_has(writer, "f.pages"));
+    segment_writer_close(writer);
+    return at;
+}
+
+static void flip_byte(const char *segment, const char *name, uint64_t at)
+{
+    uint8_t *data;
+    size_t bytes;
+
+    read_file(segment, name, &data, &bytes);
+    assert_true(at < bytes);
+    data[at] ^= 4;
+    replace_file(segment, name, data, bytes);
+    free(data);
+}
+
+static void test_a_resumed_section_goes_on_behind_its_checkpoint(void **state)
+{
+    struct segment_writer *writer = NULL;
+    uint8_t id[DIGEST_BYTES];
+    char path[400], tmp[410], junk[500], name[510];
+    uint8_t *data;
+    size_t bytes;
+    bool has;
+
+    (void)state;
+    path_in(path, "left");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    leave_checkpoint(path, 200);
+    snprintf(junk, sizeof junk, "%s/junk", tmp);
+    assert_int_equal(file_mkdir(vfs_posix(), junk, NULL), 0);
+    snprintf(name, sizeof name, "%s/f.keys", junk);
+    assert_int_equal(file_publish(vfs_posix(), name, "old", 3, NULL), 0);
+    assert_int_equal(resume_left(path, 53, 77, &has), 200 * 4092);
+    assert_true(has);
+    assert_false(file_exists(vfs_posix(), junk));
+    /* Resumed twice without a new checkpoint: still there. */
+    assert_int_equal(resume_left(path, 53, 77, &has), 200 * 4092);
+    leave_checkpoint(path, 0);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_true(has);
+
+    /* segment.manifest is as good, as when publishing was killed; and it is one more time. */
+    leave_checkpoint(path, 200);
+    make_id(id, 53);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_int_equal(segment_writer_preview(writer, NULL), 0);
+    segment_writer_close(writer);
+    snprintf(name, sizeof name, "%s/.checkpoint", tmp);
+    assert_int_equal(file_remove_all(vfs_posix(), name, NULL), 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        assert_int_equal(resume_left(path, 53, 77, &has), 0);
+        assert_true(has);
+        assert_true(file_exists(vfs_posix(), name));
+    }
+
+    /* Another segment. */
+    leave_checkpoint(path, 200);
+    assert_int_equal(resume_left(path, 54, 77, &has), 0);
+    assert_false(has);
+    leave_checkpoint(path, 200);
+    assert_int_equal(resume_left(path, 53, 78, &has), 0);
+    assert_false(has);
+
+    /* A damaged or missing checkpoint. */
+    leave_checkpoint(path, 200);
+    flip_byte(tmp, ".checkpoint", 70);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_false(has);
+
+    /* A damaged block, the header's excepted: that one is written at the end. */
+    leave_checkpoint(path, 200);
+    flip_byte(tmp, "f.pages", 200 * 4096 + 17);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_true(has);
+    leave_checkpoint(path, 200);
+    flip_byte(tmp, "f.pages", 17);
+    assert_int_equal(resume_left(path, 53, 77, &has), 200 * 4092);
+
+    /* A file that ends too early, and one that is not there. */
+    leave_checkpoint(path, 200);
+    read_file(tmp, "f.pages", &data, &bytes);
+    replace_file(tmp, "f.pages", data, 200 * 4096);
+    free(data);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_true(has);
+    leave_checkpoint(path, 200);
+    snprintf(name, sizeof name, "%s/f.pages", tmp);
+    assert_int_equal(file_remove_all(vfs_posix(), name, NULL), 0);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_true(has);
+
+    /* A whole section of another length or with another header: it and what follows it. */
+    leave_checkpoint(path, 200);
+    read_file(tmp, "f.codes", &data, &bytes);
+    replace_file(tmp, "f.codes", data, bytes - 4096);
+    free(data);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_false(has);
+    leave_checkpoint(path, 200);
+    flip_byte(tmp, "f.codes", 20);
+    assert_int_equal(resume_left(path, 53, 77, &has), 0);
+    assert_false(has);
+    assert_int_equal(file_remove_all(vfs_posix(), tmp, NULL), 0);
+}
+
+static void test_what_is_begun_otherwise_is_begun_anew(void **state)
+{
+    static const struct part others[] = {{"f.pages", SECTION_PAGES, 8192, 0},
+                                         {"f.pages", SECTION_ROWS, 4096, 0},
+                                         {"f.vectors", SECTION_VECTORS, 4096, 0}};
+    struct segment_writer *writer = NULL;
+    struct job *job = job_new(NULL, NULL);
+    struct error err = ERROR_INIT;
+    uint8_t id[DIGEST_BYTES];
+    char path[400], tmp[410], name[500];
+    uint64_t at;
+
+    (void)state;
+    path_in(path, "otherwise");
+    snprintf(tmp, sizeof tmp, "%s.tmp", path);
+    snprintf(name, sizeof name, "%s/f.pages", tmp);
+    make_id(id, 53);
+    for (uint32_t i = 0; i < 3; i++) {
+        leave_checkpoint(path, 9);
+        assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+        assert_int_equal(segment_writer_begin_at(writer, others[i].name, others[i].kind,
+                                                 others[i].block_bytes, NULL, &at, NULL),
+                         0);
+        assert_int_equal(at, 0);
+        assert_true(file_exists(vfs_posix(), name) == (i < 2));
+        segment_writer_close(writer);
+    }
+    /* The calls that know nothing of checkpoints. */
+    leave_checkpoint(path, 9);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_int_equal(segment_writer_begin(writer, "f.codes", SECTION_CODES, 8192, NULL), -1);
+    assert_int_equal(segment_writer_checkpoint(writer, NULL, NULL), 0); /* keeps what is left */
+    assert_int_equal(segment_writer_begin(writer, "f.pages", SECTION_PAGES, 4096, NULL), 0);
+    assert_int_equal(segment_writer_offset(writer), 0);
+    segment_writer_close(writer);
+
+    leave_checkpoint(path, 9);
+    job_cancel(job);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_int_equal(
+        segment_writer_begin_at(writer, "f.pages", SECTION_PAGES, 4096, job, &at, &err), -1);
+    assert_int_equal(err.code, ERR_CANCELLED);
+    assert_int_equal(segment_writer_checkpoint(writer, NULL, NULL), -1);
+    segment_writer_close(writer);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_int_equal(segment_writer_checkpoint(writer, NULL, NULL), 0);
+    segment_writer_close(writer);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), 0);
+    assert_int_equal(
+        segment_writer_begin_at(writer, "f.pages", SECTION_PAGES, 4096, NULL, &at, NULL), 0);
+    assert_int_equal(at, 9 * 4092);
+    assert_int_equal(segment_writer_end(writer, NULL), 0);
+    assert_int_equal(segment_writer_publish(writer, NULL), 0);
+    segment_writer_close(writer);
+    assert_int_equal(open_code(path), ERR_NONE);
+    assert_int_equal(segment_writer_resume(vfs_posix(), path, id, 77, &writer, NULL), -1);
+    job_free(job);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -1058,6 +1777,11 @@ int main(void)
         cmocka_unit_test(test_a_copied_segment_is_the_same_segment),
         cmocka_unit_test(test_no_failing_call_publishes_half_a_segment),
         cmocka_unit_test(test_a_lying_disk_is_found_out),
+        cmocka_unit_test(test_a_resumed_section_goes_on_behind_its_checkpoint),
+        cmocka_unit_test(test_what_is_begun_otherwise_is_begun_anew),
+        cmocka_unit_test(test_killed_at_any_call_the_resumed_segment_is_the_same),
+        cmocka_unit_test(test_a_failed_call_leaves_what_can_be_resumed),
+        cmocka_unit_test(test_what_a_checkpoint_holds_survives_a_power_cut),
     };
 
     return cmocka_run_group_tests_name("segment", tests, make_folder, remove_folder);
