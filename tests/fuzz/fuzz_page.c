@@ -2,24 +2,14 @@
  * bytes pick the format, the rest is the payload. What is accepted must be readable to its last
  * node without a step outside the payload, edges ascending and inside the segment. */
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "index/page_codec.h"
 #include "storage/segment.h"
+#include "tests/support/fuzz_support.h"
 
 #define SHAPE_BYTES 12u
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int ok, const char *what)
-{
-    if (!ok) {
-        fprintf(stderr, "%s\n", what);
-        abort();
-    }
-}
 
 static uint32_t take(const uint8_t *data, uint32_t at, uint32_t bytes)
 {

@@ -3,29 +3,14 @@
  * estimate without a step outside its buffers, and print to the same bytes. */
 #include <math.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "index/code_scan.h"
 #include "index/quantiser.h"
-#include "storage/base/bytes.h"
+#include "tests/support/fuzz_support.h"
 
 #define CODES 9u
-/* As in quantiser.c. */
-#define CRC_AT 12u
-#define BYTES_AT 16u
-#define HEADER_BYTES 64u
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int ok, const char *what)
-{
-    if (!ok) {
-        fprintf(stderr, "%s\n", what);
-        abort();
-    }
-}
 
 /* Codes of any bytes: they come from a file as well. */
 static void use(const struct quantiser *quantiser, const uint8_t *seed, size_t seed_bytes)
@@ -76,14 +61,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     uint8_t mode = data[0];
 
     bytes--;
-    copy = malloc(bytes);
-    require(copy != NULL, "no memory");
-    memcpy(copy, data + 1, bytes);
-    if (!(mode & 1) && bytes >= HEADER_BYTES) {
-        store_u64(copy + BYTES_AT, bytes);
-        store_u32(copy + CRC_AT, 0);
-        store_u32(copy + CRC_AT, crc32c(0, copy, bytes));
-    }
+    copy = fuzz_copy(data + 1, bytes);
+    if (!(mode & 1))
+        fuzz_sign_length(copy, bytes);
     if (quantiser_decode_bytes(copy, bytes, "input", &quantiser, &err) == 0) {
         use(quantiser, copy, bytes);
         require(quantiser_encode_bytes(quantiser, &printed, &printed_bytes, &err) == 0, "print");

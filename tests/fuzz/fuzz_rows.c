@@ -13,6 +13,7 @@
 #include "index/rows.h"
 #include "storage/base/bytes.h"
 #include "storage/file.h"
+#include "tests/support/fuzz_support.h"
 
 #define BLOCKS 8u
 #define BLOCK_PAYLOAD (FILE_BLOCK_BYTES - BLOCK_CRC_BYTES)
@@ -25,21 +26,12 @@
 #define PATCH_BYTES (1 + 3 * PATCHES_MAX)
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 
 static const uint8_t id[DIGEST_BYTES] = {9};
 static struct segment *segment;
 static struct reader *reader;
 static uint8_t section_bytes[(BLOCKS + 1) * FILE_BLOCK_BYTES]; /* of the one section, as a file */
 static char manifest_path[128];
-
-static void require(int ok, const char *what, const struct error *err)
-{
-    if (!ok) {
-        fprintf(stderr, "%s: %s\n", what, err->message);
-        abort();
-    }
-}
 
 /* The manifest comes from the real file while the segment is opened; the section from memory. */
 static int memory_open(struct vfs *vfs, const char *path, unsigned flags, struct vfs_file **out)
@@ -101,24 +93,25 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
     (void)argc;
     (void)argv;
-    require(mkdtemp(folder) != NULL, "mkdtemp", &err);
+    require_why(mkdtemp(folder) != NULL, "mkdtemp", &err);
     snprintf(path, sizeof path, "%s/segment", folder);
     snprintf(manifest_path, sizeof manifest_path, "%s/data", path);
-    require(segment_writer_open(vfs_posix(), path, id, ROWS, &writer, &err) == 0 &&
-                segment_writer_begin(writer, "data", SECTION_ROWS, FILE_BLOCK_BYTES, &err) == 0 &&
-                segment_writer_append(writer, payload, sizeof payload, &err) == 0 &&
-                segment_writer_end(writer, &err) == 0 && segment_writer_publish(writer, &err) == 0,
-            "writer", &err);
+    require_why(
+        segment_writer_open(vfs_posix(), path, id, ROWS, &writer, &err) == 0 &&
+            segment_writer_begin(writer, "data", SECTION_ROWS, FILE_BLOCK_BYTES, &err) == 0 &&
+            segment_writer_append(writer, payload, sizeof payload, &err) == 0 &&
+            segment_writer_end(writer, &err) == 0 && segment_writer_publish(writer, &err) == 0,
+        "writer", &err);
     segment_writer_close(writer);
-    require(file_read_whole(vfs_posix(), manifest_path, sizeof section_bytes, &bytes, &count,
-                            &err) == 0 &&
-                count == sizeof section_bytes,
-            "read", &err);
+    require_why(file_read_whole(vfs_posix(), manifest_path, sizeof section_bytes, &bytes, &count,
+                                &err) == 0 &&
+                    count == sizeof section_bytes,
+                "read", &err);
     memcpy(section_bytes, bytes, count);
     free(bytes);
-    require(segment_open(&memory, path, &segment, &err) == 0, "open", &err);
+    require_why(segment_open(&memory, path, &segment, &err) == 0, "open", &err);
     file_remove_all(vfs_posix(), folder, NULL);
-    require(reader_open(READER_PREAD, 8, &reader, &err) == 0, "reader", &err);
+    require_why(reader_open(READER_PREAD, 8, &reader, &err) == 0, "reader", &err);
     return 0;
 }
 
@@ -266,8 +259,8 @@ static void read_records(const struct rows_record *records, uint32_t count)
 
         if (record_open(records[i].data, records[i].bytes, &cursor, &err) == 0)
             while ((rc = record_next(&cursor, &field, &name, &name_bytes, &value, &err)) == 1)
-                require(++steps <= records[i].bytes, "a record without end", &err);
-        require(rc == 0 || err.code == ERR_CORRUPT, "record: another error", &err);
+                require_why(++steps <= records[i].bytes, "a record without end", &err);
+        require_why(rc == 0 || err.code == ERR_CORRUPT, "record: another error", &err);
     }
 }
 
@@ -282,9 +275,9 @@ static void read_rows(const struct segment_section *section, const uint32_t *wan
         if (rows_fetch(rows, reader, wanted, WANTED, records, &storage, &err) == 0)
             read_records(records, WANTED);
         else
-            require(err.code == ERR_CORRUPT, "rows_fetch: another error", &err);
+            require_why(err.code == ERR_CORRUPT, "rows_fetch: another error", &err);
     } else {
-        require(err.code == ERR_CORRUPT, "rows_open: another error", &err);
+        require_why(err.code == ERR_CORRUPT, "rows_open: another error", &err);
     }
     free(storage);
     rows_close(rows);
@@ -302,15 +295,16 @@ static void read_keys(const struct segment_section *section, const uint32_t *wan
     if (keys_open(segment, section, &keys, &err) == 0) {
         if (keys_find(keys, reader, ordinals, WANTED, 4, positions, found, &err) == 0) {
             for (uint32_t i = 0; i < WANTED; i++) {
-                require(found[i] <= 4, "more positions than asked for", &err);
+                require_why(found[i] <= 4, "more positions than asked for", &err);
                 for (uint32_t j = 0; j < found[i]; j++)
-                    require(positions[i * 4 + j] < ROWS, "a position outside the segment", &err);
+                    require_why(positions[i * 4 + j] < ROWS, "a position outside the segment",
+                                &err);
             }
         } else {
-            require(err.code == ERR_CORRUPT, "keys_find: another error", &err);
+            require_why(err.code == ERR_CORRUPT, "keys_find: another error", &err);
         }
     } else {
-        require(err.code == ERR_CORRUPT, "keys_open: another error", &err);
+        require_why(err.code == ERR_CORRUPT, "keys_open: another error", &err);
     }
     keys_close(keys);
 }
@@ -337,6 +331,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         read_keys(&section, wanted);
     else
         read_rows(&section, wanted);
-    require(reader_in_flight(reader) == 0, "reads are left in flight", &(struct error)ERROR_INIT);
+    require_why(reader_in_flight(reader) == 0, "reads are left in flight",
+                &(struct error)ERROR_INIT);
     return 0;
 }

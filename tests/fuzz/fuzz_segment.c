@@ -15,9 +15,9 @@
 #include "storage/format.h"
 #include "storage/segment.h"
 #include "storage/segment_writer.h"
+#include "tests/support/fuzz_support.h"
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
 
 #define FILE_COUNT 4u /* three sections, then segment.manifest */
 #define FILE_BYTES_MAX (1u << 16)
@@ -98,14 +98,6 @@ static struct vfs memory = {.open = memory_open,
                             .size = memory_size,
                             .stat = memory_stat};
 
-static void require(int ok, const char *what, const struct error *err)
-{
-    if (!ok) {
-        fprintf(stderr, "%s: %s\n", what, err->message);
-        abort();
-    }
-}
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     static const uint32_t payload_bytes[] = {2 * 4092, 5000, 0};
@@ -116,29 +108,29 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
     (void)argc;
     (void)argv;
-    require(mkdtemp(folder) != NULL, "mkdtemp", &err);
+    require_why(mkdtemp(folder) != NULL, "mkdtemp", &err);
     snprintf(path, sizeof path, "%s/segment", folder);
     for (size_t i = 0; i < sizeof payload; i++)
         payload[i] = (uint8_t)(i * 31 + i / 256);
-    require(segment_writer_open(vfs_posix(), path, id, 5, &writer, &err) == 0, "writer", &err);
+    require_why(segment_writer_open(vfs_posix(), path, id, 5, &writer, &err) == 0, "writer", &err);
     for (uint32_t i = 0; i < 3; i++)
-        require(segment_writer_begin(writer, names[i], SECTION_PAGES, i == 1 ? 8192 : 4096, &err) ==
-                        0 &&
-                    segment_writer_append(writer, payload, payload_bytes[i], &err) == 0 &&
-                    segment_writer_end(writer, &err) == 0,
-                "section", &err);
-    require(segment_writer_publish(writer, &err) == 0, "publish", &err);
+        require_why(segment_writer_begin(writer, names[i], SECTION_PAGES, i == 1 ? 8192 : 4096,
+                                         &err) == 0 &&
+                        segment_writer_append(writer, payload, payload_bytes[i], &err) == 0 &&
+                        segment_writer_end(writer, &err) == 0,
+                    "section", &err);
+    require_why(segment_writer_publish(writer, &err) == 0, "publish", &err);
     segment_writer_close(writer);
     for (uint32_t i = 0; i < FILE_COUNT; i++) {
         snprintf(file, sizeof file, "%s/%s", path, names[i]);
-        require(file_read_whole(vfs_posix(), file, FILE_BYTES_MAX, &originals[i],
-                                &original_bytes[i], &err) == 0,
-                "read", &err);
+        require_why(file_read_whole(vfs_posix(), file, FILE_BYTES_MAX, &originals[i],
+                                    &original_bytes[i], &err) == 0,
+                    "read", &err);
         contents[i] = malloc(FILE_BYTES_MAX);
-        require(contents[i] != NULL, "memory", &err);
+        require_why(contents[i] != NULL, "memory", &err);
     }
     file_remove_all(vfs_posix(), folder, NULL);
-    require(reader_open(READER_PREAD, 4, &reader, &err) == 0, "reader", &err);
+    require_why(reader_open(READER_PREAD, 4, &reader, &err) == 0, "reader", &err);
     return 0;
 }
 
@@ -233,15 +225,15 @@ static void read_all(const struct segment *segment, uint64_t offset, uint64_t by
         int rc;
 
         /* The file is that small, and its length was checked. */
-        require(section->payload_bytes <= sizeof out, "a payload larger than its file", &err);
+        require_why(section->payload_bytes <= sizeof out, "a payload larger than its file", &err);
         rc = segment_read(segment, section, 0, section->payload_bytes, again, &err);
-        require(rc == 0 || err.code == ERR_CORRUPT, "unexpected error", &err);
+        require_why(rc == 0 || err.code == ERR_CORRUPT, "unexpected error", &err);
         if (bytes <= sizeof out && segment_read(segment, section, offset, bytes, out, NULL) == 0 &&
             rc == 0)
-            require(memcmp(out, again + offset, bytes) == 0, "two reads differ", &err);
+            require_why(memcmp(out, again + offset, bytes) == 0, "two reads differ", &err);
         if (bytes <= sizeof out)
             segment_read_spans(segment, reader, spans, 2, &reads, NULL);
-        require(reader_in_flight(reader) == 0, "reads are left in flight", &err);
+        require_why(reader_in_flight(reader) == 0, "reads are left in flight", &err);
     }
 }
 
@@ -260,9 +252,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
         memcpy(contents[i], originals[i], original_bytes[i]);
         content_bytes[i] = original_bytes[i];
     }
-    require(manifest_decode(MANIFEST_SEGMENT, originals[3], original_bytes[3], "m", &manifest,
-                            &err) == 0,
-            "manifest", &err);
+    require_why(manifest_decode(MANIFEST_SEGMENT, originals[3], original_bytes[3], "m", &manifest,
+                                &err) == 0,
+                "manifest", &err);
     for (int edits = 0; input.bytes > 0 && edits < 64; edits++)
         edit(&input, manifest);
     if (manifest_encode(manifest, &encoded, &encoded_bytes, NULL) == 0 &&
@@ -273,9 +265,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     if (segment_open(&memory, "segment", &segment, &err) == 0)
         read_all(segment, offset, length);
     else
-        require(err.code == ERR_CORRUPT || err.code == ERR_UNSUPPORTED ||
-                    err.code == ERR_NOT_FOUND || err.code == ERR_INVALID,
-                "unexpected error", &err);
+        require_why(err.code == ERR_CORRUPT || err.code == ERR_UNSUPPORTED ||
+                        err.code == ERR_NOT_FOUND || err.code == ERR_INVALID,
+                    "unexpected error", &err);
     segment_close(segment);
     manifest_free(manifest);
     free(encoded);

@@ -9,57 +9,7 @@
 #include "index/truth_file.h"
 #include "index/vector_file.h"
 #include "index/vector_source.h"
-#include "storage/vfs.h"
-
-struct memory_vfs {
-    struct vfs vfs;
-    struct vfs_file file;
-    const uint8_t *data;
-    size_t bytes;
-};
-
-static int memory_open(struct vfs *vfs, const char *path, unsigned flags, struct vfs_file **out)
-{
-    struct memory_vfs *memory = (struct memory_vfs *)vfs;
-
-    (void)path;
-    (void)flags;
-    memory->file = (struct vfs_file){vfs, -1};
-    *out = &memory->file;
-    return 0;
-}
-
-static int memory_close(struct vfs_file *file)
-{
-    (void)file;
-    return 0;
-}
-
-static int memory_pread(struct vfs_file *file, void *buffer, size_t bytes, uint64_t offset,
-                        size_t *got)
-{
-    struct memory_vfs *memory = (struct memory_vfs *)file->vfs;
-
-    *got = 0;
-    if (offset >= memory->bytes)
-        return 0;
-    *got = memory->bytes - offset < bytes ? memory->bytes - offset : bytes;
-    memcpy(buffer, memory->data + offset, *got);
-    return 0;
-}
-
-static int memory_size(struct vfs_file *file, uint64_t *bytes)
-{
-    *bytes = ((struct memory_vfs *)file->vfs)->bytes;
-    return 0;
-}
-
-static int memory_stat(struct vfs *vfs, const char *path, struct vfs_stat *out)
-{
-    (void)path;
-    *out = (struct vfs_stat){.kind = VFS_FILE, .bytes = ((struct memory_vfs *)vfs)->bytes};
-    return 0;
-}
+#include "tests/support/memory_vfs.h"
 
 static void check_error(const struct error *err)
 {
@@ -139,16 +89,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
     static const char *const paths[] = {"x.fbin",  "x.u8bin", "x.i8bin",
                                         "x.fvecs", "x.bvecs", "x.npy"};
-    struct memory_vfs memory = {.vfs = {.open = memory_open,
-                                        .close = memory_close,
-                                        .pread = memory_pread,
-                                        .size = memory_size,
-                                        .stat = memory_stat}};
+    struct memory_vfs memory;
 
     if (!bytes)
         return 0;
-    memory.data = data + 1;
-    memory.bytes = bytes - 1;
+    memory_vfs_init(&memory, data + 1, bytes - 1);
     switch (data[0] % 8) {
     case 6:
         read_keys(&memory.vfs, memory.bytes);

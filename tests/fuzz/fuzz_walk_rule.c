@@ -3,28 +3,12 @@
  * bytes, and its rules must get stricter with recall and stay within the limits of a search. */
 #include <math.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "index/disk_search.h"
 #include "index/walk_rule.h"
-#include "storage/base/bytes.h"
-
-/* As in walk_rule.c. */
-#define CRC_AT 12u
-#define BYTES_AT 16u
-#define HEADER_BYTES 64u
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int ok, const char *what)
-{
-    if (!ok) {
-        fprintf(stderr, "%s\n", what);
-        abort();
-    }
-}
+#include "tests/support/fuzz_support.h"
 
 static void use(const struct walk_calibration *calibration)
 {
@@ -62,14 +46,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     uint8_t mode = data[0];
 
     bytes--;
-    copy = malloc(bytes);
-    require(copy != NULL, "no memory");
-    memcpy(copy, data + 1, bytes);
-    if (!(mode & 1) && bytes >= HEADER_BYTES) {
-        store_u64(copy + BYTES_AT, bytes);
-        store_u32(copy + CRC_AT, 0);
-        store_u32(copy + CRC_AT, crc32c(0, copy, bytes));
-    }
+    copy = fuzz_copy(data + 1, bytes);
+    if (!(mode & 1))
+        fuzz_sign_length(copy, bytes);
     if (walk_calibration_decode(copy, bytes, "input", &calibration, &err) == 0) {
         use(&calibration);
         require(walk_calibration_encode(&calibration, &printed, &printed_bytes, &err) == 0,
