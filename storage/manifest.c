@@ -26,7 +26,7 @@
 enum entry_type { TYPE_U64 = 1, TYPE_F64, TYPE_TEXT, TYPE_BYTES };
 
 static const char *const type_names[] = {"?", "u64", "f64", "text", "bytes"};
-static const char magics[][9] = {"ANNDSEGM", "ANNDIDXM", "ANNDDATM"};
+static const char magics[][9] = {"ANNDSEGM", "ANNDIDXM", "ANNDDATM", "ANNDJOBM"};
 
 struct entry {
     char *name;

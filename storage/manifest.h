@@ -1,8 +1,9 @@
 /* manifest: a small, canonical, checksummed list of named values.
  *
  * One codec serves every control file: a segment's `segment.manifest`, the MANIFEST of an index or
- * collection, the MANIFEST of a data directory. Entries are sorted by name, so equal contents are
- * equal bytes; entries a reader does not know are kept and written back. Layout, little-endian:
+ * collection, the MANIFEST of a data directory, the record and the state of a long job. Entries are
+ * sorted by name, so equal contents are equal bytes; entries a reader does not know are kept and
+ * written back. Layout, little-endian:
  *
  *   00-07  magic, one per kind of file, e.g. "ANNDSEGM"
  *   08-11  format version; readers refuse one they do not know
@@ -31,7 +32,8 @@
 enum manifest_kind {
     MANIFEST_SEGMENT, /* "ANNDSEGM", segment.manifest */
     MANIFEST_INDEX,   /* "ANNDIDXM", MANIFEST of an index directory or a collection */
-    MANIFEST_DATA     /* "ANNDDATM", MANIFEST of a data directory */
+    MANIFEST_DATA,    /* "ANNDDATM", MANIFEST of a data directory */
+    MANIFEST_JOB      /* "ANNDJOBM", build.job and build.state of an unfinished job */
 };
 
 struct manifest;

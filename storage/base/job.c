@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #define REPORT_NS (INT64_C(100) * 1000 * 1000)
@@ -26,6 +27,11 @@ struct job {
     uint32_t phase_number;
     uint64_t total;
     int64_t phase_started_ns;
+    uint32_t phases; /* planned */
+    struct job_plan_phase plan[JOB_PHASES_MAX];
+    bool planned;           /* the phase under way is */
+    double measured_weight; /* of the phases that ran, and what they took */
+    double measured_seconds;
 };
 
 static int64_t now_ns(void)
@@ -60,6 +66,35 @@ void job_free(struct job *job)
     free(job);
 }
 
+/* Seconds until the last planned phase ends: what is left of this one by its own rate, the others
+ * by what a unit of weight took so far. Negative while unknown. */
+static double eta_total(const struct job *job, const struct job_progress *p, double phase_seconds)
+{
+    double weight, measured_weight, measured_seconds, later = 0, share;
+
+    if (!job->phases || job->phase_number == 0)
+        return -1;
+    for (uint32_t i = job->phase_number; i < job->phases; i++)
+        later += job->plan[i].weight;
+    weight = job->planned ? job->plan[job->phase_number - 1].weight : 0;
+    share = p->phase_end                     ? 1
+            : p->total && p->done < p->total ? (double)p->done / (double)p->total
+            : p->total                       ? 1
+                                             : 0;
+    measured_weight = job->measured_weight;
+    measured_seconds = job->measured_seconds;
+    /* The first moments of a phase say little about it. */
+    if (share > 0.02) {
+        measured_weight += weight * share;
+        measured_seconds += phase_seconds;
+    }
+    if (!(measured_weight > 0))
+        return -1;
+    if (p->eta_seconds >= 0 && share > 0.02)
+        return p->eta_seconds + later * measured_seconds / measured_weight;
+    return ((1 - share) * weight + later) * measured_seconds / measured_weight;
+}
+
 /* With the mutex held and a phase open. */
 static void report_locked(struct job *job, bool phase_end)
 {
@@ -73,6 +108,7 @@ static void report_locked(struct job *job, bool phase_end)
         .rate = 0,
         .eta_seconds = -1,
         .elapsed_seconds = (double)(now - job->started_ns) * 1e-9,
+        .phases = job->phases,
         .phase_end = phase_end,
     };
 
@@ -82,6 +118,7 @@ static void report_locked(struct job *job, bool phase_end)
         progress.eta_seconds = 0;
     else if (progress.total > 0 && progress.rate > 0)
         progress.eta_seconds = (double)(progress.total - progress.done) / progress.rate;
+    progress.eta_total_seconds = eta_total(job, &progress, phase_seconds);
     atomic_store_explicit(&job->report_due_ns, now + REPORT_NS, memory_order_relaxed);
     if (job->report)
         job->report(job->context, &progress);
@@ -89,9 +126,44 @@ static void report_locked(struct job *job, bool phase_end)
 
 static void end_phase_locked(struct job *job)
 {
-    if (job->phase)
-        report_locked(job, true);
+    if (!job->phase)
+        return;
+    report_locked(job, true);
     job->phase = NULL;
+    if (job->phases && job->planned) {
+        job->measured_weight += job->plan[job->phase_number - 1].weight;
+        job->measured_seconds += (double)(now_ns() - job->phase_started_ns) * 1e-9;
+    }
+}
+
+void job_plan(struct job *job, const struct job_plan_phase *phases, uint32_t count)
+{
+    if (!job || count > JOB_PHASES_MAX)
+        return;
+    pthread_mutex_lock(&job->mutex);
+    /* Phases that came before the plan are not among its own. */
+    end_phase_locked(job);
+    job->phase_number = 0;
+    job->phases = count;
+    for (uint32_t i = 0; i < count; i++)
+        job->plan[i] = phases[i];
+    job->measured_weight = job->measured_seconds = 0;
+    pthread_mutex_unlock(&job->mutex);
+}
+
+/* The number of the phase `name`, from 1; with a plan that of the next one so named, else of the
+ * one it counts to. */
+static uint32_t number_of(const struct job *job, const char *name, bool *planned)
+{
+    *planned = false;
+    if (!job->phases)
+        return job->phase_number + 1;
+    for (uint32_t i = job->phase_number; i < job->phases; i++)
+        if (!strcmp(job->plan[i].name, name)) {
+            *planned = true;
+            return i + 1;
+        }
+    return job->phase_number ? job->phase_number : 1;
 }
 
 void job_phase(struct job *job, const char *name, uint64_t total)
@@ -101,7 +173,7 @@ void job_phase(struct job *job, const char *name, uint64_t total)
     pthread_mutex_lock(&job->mutex);
     end_phase_locked(job);
     job->phase = name;
-    job->phase_number++;
+    job->phase_number = number_of(job, name, &job->planned);
     job->total = total;
     job->phase_started_ns = now_ns();
     atomic_store_explicit(&job->done, 0, memory_order_relaxed);

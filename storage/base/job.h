@@ -12,14 +12,16 @@
 #include "storage/base/error.h"
 
 struct job_progress {
-    const char *phase;      /* static string given to job_phase() */
-    uint32_t phase_number;  /* from 1 */
-    uint64_t done;          /* units of this phase */
-    uint64_t total;         /* 0: unknown */
-    double rate;            /* units a second, over this phase */
-    double eta_seconds;     /* of this phase; negative while unknown */
-    double elapsed_seconds; /* of the whole job */
-    bool phase_end;         /* last report of this phase */
+    const char *phase;        /* static string given to job_phase() */
+    uint32_t phase_number;    /* from 1 */
+    uint64_t done;            /* units of this phase */
+    uint64_t total;           /* 0: unknown */
+    double rate;              /* units a second, over this phase */
+    double eta_seconds;       /* of this phase; negative while unknown */
+    double elapsed_seconds;   /* of the whole job */
+    uint32_t phases;          /* how many there will be; 0: unknown */
+    double eta_total_seconds; /* of the whole job; negative while unknown */
+    bool phase_end;           /* last report of this phase */
 };
 
 /* Called by the thread that advances, at most every 100 ms and at each phase's start and end. Calls
@@ -32,6 +34,17 @@ struct job;
 struct job *job_new(job_report_fn report, void *context);
 void job_free(struct job *job);
 
+/* The phases to come, in order, and what each is expected to take, in any one unit: only the ratios
+ * count, what was measured so far says how long the rest takes. A phase that job_phase() names is
+ * the next one of that name; those passed over are taken for done, and one that is not planned
+ * counts to the one before. More than JOB_PHASES_MAX: nothing is planned. Names must outlive
+ * the job. Before the first phase; owner's thread only. */
+#define JOB_PHASES_MAX 64u
+struct job_plan_phase {
+    const char *name;
+    double weight;
+};
+void job_plan(struct job *job, const struct job_plan_phase *phases, uint32_t count);
 /* Ends the phase before, starts the next. `name` must outlive the job. Owner's thread only. */
 void job_phase(struct job *job, const char *name, uint64_t total);
 /* Adds `units` done; any thread. Returns -1 with ERR_CANCELLED after job_cancel(). */

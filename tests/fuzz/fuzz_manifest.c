@@ -4,22 +4,12 @@
  * every content. */
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "storage/base/bytes.h"
 #include "storage/manifest.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes);
-
-static void require(int condition, const char *what)
-{
-    if (!condition) {
-        fprintf(stderr, "%s\n", what);
-        abort();
-    }
-}
+#include "tests/support/fuzz_support.h"
 
 static void use(const struct manifest *manifest)
 {
@@ -42,7 +32,7 @@ static void use(const struct manifest *manifest)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
-    static const char magics[3][9] = {"ANNDSEGM", "ANNDIDXM", "ANNDDATM"};
+    static const char magics[4][9] = {"ANNDSEGM", "ANNDIDXM", "ANNDDATM", "ANNDJOBM"};
     struct manifest *manifest = NULL;
     struct error err = ERROR_INIT;
     enum manifest_kind kind;
@@ -51,17 +41,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 
     if (bytes < 1)
         return 0;
-    kind = (enum manifest_kind)(data[0] % 3);
-    copy = malloc(bytes);
-    if (!copy)
-        return 0;
-    memcpy(copy, data + 1, bytes - 1);
+    kind = (enum manifest_kind)(data[0] % 4);
+    copy = fuzz_copy(data + 1, bytes - 1);
     if (!(data[0] & 0x80) && bytes > 64) {
         memcpy(copy, magics[kind], 8);
         store_u32(copy + 8, 1);
-        store_u64(copy + 16, bytes - 1);
-        store_u32(copy + 12, 0);
-        store_u32(copy + 12, crc32c(0, copy, bytes - 1));
+        fuzz_sign_length(copy, bytes - 1);
     }
     if (manifest_decode(kind, copy, bytes - 1, "fuzz", &manifest, &err) == 0) {
         use(manifest);

@@ -715,6 +715,41 @@ static void test_job_reports_each_phase(void **state)
     job_free(job);
 }
 
+static void test_job_plan_forecasts_the_whole_from_what_was_measured(void **state)
+{
+    static const struct job_plan_phase phases[] = {{"one", 1}, {"two", 5}, {"one", 3}, {"end", 1}};
+    struct reports reports = {0};
+    struct job *job = job_new(note_report, &reports);
+
+    (void)state;
+    job_phase(job, "before", 0);
+    assert_int_equal(reports.last.phases, 0);
+    assert_true(reports.last.eta_total_seconds < 0);
+    job_plan(job, phases, 4);
+    job_phase(job, "one", 10);
+    assert_int_equal(reports.last.phases, 4);
+    assert_int_equal(reports.last.phase_number, 1);
+    assert_true(reports.last.eta_total_seconds < 0); /* nothing is measured yet */
+    nap_ms(60);
+    job_advance(job, 10, NULL);
+    job_phase(job, "two", 10);
+    assert_int_equal(reports.last.phase_number, 2);
+    /* Nine units of weight at 60 ms or more each; a loaded machine may take longer. */
+    assert_true(reports.last.eta_total_seconds > 0.5);
+    job_phase(job, "not planned", 1); /* counts to the one before */
+    assert_int_equal(reports.last.phase_number, 2);
+    assert_true(reports.last.eta_total_seconds >= 0);
+    job_phase(job, "end", 1); /* the second "one" is taken for done */
+    assert_int_equal(reports.last.phase_number, 4);
+    job_plan(job, phases, 2);
+    job_phase(job, "two", 0);
+    assert_int_equal(reports.last.phases, 2);
+    assert_int_equal(reports.last.phase_number, 2);
+    assert_true(reports.last.eta_total_seconds < 0);
+    job_plan(NULL, phases, 4);
+    job_free(job);
+}
+
 static void test_job_reports_at_most_every_100_ms(void **state)
 {
     struct reports reports = {0};
@@ -865,6 +900,7 @@ int main(void)
         cmocka_unit_test(test_pool_puts_all_its_workers_to_work),
         cmocka_unit_test(test_pool_defaults_to_one_worker_per_cpu),
         cmocka_unit_test(test_job_reports_each_phase),
+        cmocka_unit_test(test_job_plan_forecasts_the_whole_from_what_was_measured),
         cmocka_unit_test(test_job_reports_at_most_every_100_ms),
         cmocka_unit_test(test_job_counts_over_threads_and_never_overlaps_reports),
         cmocka_unit_test(test_job_cancels_from_a_signal_handler),
