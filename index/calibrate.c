@@ -37,8 +37,9 @@
 #define PLACE_TAKEN UINT32_MAX /* being filled */
 #define CACHE_BYTES_MAX (1ull << 30)
 #define READS_PER_LISTED 4u /* bounds a walk, and with it its trace */
-#define PATIENCES 8u
-#define PATIENCE_MAX 10u
+#define PATIENCES 10u
+#define PATIENCES_SHORT 8u /* of them for all efforts but the last: long walks take their time */
+#define PATIENCE_MAX 32u
 #define GAINS_MAX 96u
 #define GAIN_RATIO 0.85
 #define GAIN_LEAST 1e-4
@@ -55,7 +56,7 @@ static const uint32_t calibrated_k[KS] = {1, 10, 100};
  * k 100 says more, and takes ten times as long, as one of k 10. */
 static const uint32_t queries_main[KS] = {UINT32_MAX, UINT32_MAX, 250};
 static const uint32_t queries_other[KS] = {300, UINT32_MAX, 150};
-static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, PATIENCE_MAX};
+static const uint32_t patiences[PATIENCES] = {0, 1, 2, 3, 4, 6, 8, 10, 16, PATIENCE_MAX};
 static const float targets[] = {0.80f,  0.85f, 0.90f,  0.93f,   0.95f,  0.97f, 0.98f,
                                 0.985f, 0.99f, 0.995f, 0.9965f, 0.998f, 0.999f};
 
@@ -117,6 +118,7 @@ struct run {
     const struct calibrate_queries *queries;
     struct disk_search_limits limits;
     struct walk_rule rule;
+    uint32_t patience_count; /* of the grid */
     uint32_t k;
     uint32_t count; /* of the queries that walk: query i is number i * all / count of all */
     struct trace *traces;
@@ -446,6 +448,7 @@ static void traces_release(struct run *run)
 
 /* What every rule of the grid would have answered, and the choice among them. Gains descend. */
 struct grid {
+    uint32_t patience_count;
     float gains[GAINS_MAX];
     uint32_t gain_count;
     uint64_t reads[PATIENCES][GAINS_MAX];
@@ -473,13 +476,14 @@ static void grid_fill(struct grid *grid, const struct run *run)
     uint32_t n = run->count;
 
     memset(grid, 0, sizeof *grid);
+    grid->patience_count = run->patience_count;
     for (double gain = 4.0 * run->k / 10; gain >= GAIN_LEAST; gain *= GAIN_RATIO)
         grid->gains[grid->gain_count++] = (float)gain;
     grid->gains[grid->gain_count++] = GAIN_OFF;
     for (uint32_t q = 0; q < n; q++) {
         const struct trace *trace = &run->traces[q];
 
-        for (uint32_t p = 0; p < PATIENCES; p++) {
+        for (uint32_t p = 0; p < grid->patience_count; p++) {
             uint32_t g = 0;
 
             for (uint32_t m = 0; m < trace->count; m++) {
@@ -494,7 +498,7 @@ static void grid_fill(struct grid *grid, const struct run *run)
                 add(grid, p, g, trace->reads, trace->hits);
         }
     }
-    for (uint32_t p = 0; p < PATIENCES; p++) {
+    for (uint32_t p = 0; p < grid->patience_count; p++) {
         for (uint32_t g = 0; g < grid->gain_count; g++) {
             double mean = (double)grid->hits[p][g] / n;
             double variance = (double)grid->hits_squared[p][g] / n - mean * mean;
@@ -519,13 +523,13 @@ static bool grid_step(struct grid *grid, uint32_t t, uint32_t n)
 {
     double fewest = INFINITY;
 
-    for (uint32_t p = 0; p < PATIENCES; p++)
+    for (uint32_t p = 0; p < grid->patience_count; p++)
         for (uint32_t g = 0; g < grid->gain_count; g++)
             if (grid->sure[p][g] >= (double)targets[t] && mean_reads(grid, p, g, n) < fewest)
                 fewest = mean_reads(grid, p, g, n);
     if (isinf(fewest))
         return false;
-    for (uint32_t p = 0; p < PATIENCES; p++) {
+    for (uint32_t p = 0; p < grid->patience_count; p++) {
         for (uint32_t g = 0; g < grid->gain_count; g++) {
             bool reached = grid->sure[p][g] >= (double)targets[t];
             double laxer = t ? grid->cost_up_to[p][g] : 0;
@@ -536,7 +540,7 @@ static bool grid_step(struct grid *grid, uint32_t t, uint32_t n)
                 reached ? laxer + (mean_reads(grid, p, g, n) + 1) / (fewest + 1) : INFINITY;
         }
     }
-    for (uint32_t p = 0; p < PATIENCES; p++) {
+    for (uint32_t p = 0; p < grid->patience_count; p++) {
         for (uint32_t g = 0; g < grid->gain_count; g++) {
             double best = grid->cost[p][g];
             uint16_t cell = (uint16_t)(p * GAINS_MAX + g);
@@ -567,11 +571,11 @@ static void curve_fill(struct grid *grid, const struct run *run, struct walk_cur
     last_gain = grid->gain_count - 1;
     while (reached < TARGETS && grid_step(grid, reached, n))
         reached++;
-    cell = grid->cell_up_to[PATIENCES - 1][last_gain]; /* of all chains the best */
+    cell = grid->cell_up_to[grid->patience_count - 1][last_gain]; /* of all chains the best */
     for (uint32_t t = reached; t-- > 0; cell = grid->before[t][cell / GAINS_MAX][cell % GAINS_MAX])
         cells[t] = cell;
     for (uint32_t t = reached; t < TARGETS; t++)
-        cells[t] = (PATIENCES - 1) * GAINS_MAX + last_gain;
+        cells[t] = (grid->patience_count - 1) * GAINS_MAX + last_gain;
     curve->k = run->k;
     curve->resident_share = (float)disk_index_resident_share(run->index);
     curve->point_count = TARGETS;
@@ -601,10 +605,11 @@ static int effort_measure(struct run *run, uint32_t effort, struct grid *grid, s
 
     if (many * efforts[effort].cells < cells)
         cells = many * efforts[effort].cells;
+    run->patience_count = effort == EFFORTS - 1 ? PATIENCES : PATIENCES_SHORT;
     /* Patience too: whatever rule of the grid a walk meets, it meets before it ends. */
     run->rule = (struct walk_rule){.search_list = many * efforts[effort].search_list,
                                    .cells = cells,
-                                   .patience = PATIENCE_MAX,
+                                   .patience = patiences[run->patience_count - 1],
                                    .gain = GAIN_OFF};
     run->traces = calloc(count, sizeof *run->traces);
     if (!run->traces)

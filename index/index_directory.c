@@ -9,6 +9,7 @@
 
 #include "storage/base/bytes.h"
 #include "storage/file.h"
+#include "storage/journal.h"
 
 #define MANIFEST_NAME "MANIFEST"
 #define SCHEMA_NAME "schema.json"
@@ -126,6 +127,11 @@ static int directory_load(struct vfs *vfs, const char *path, struct index_direct
         if (err->code != ERR_NOT_FOUND)
             goto done;
         error_clear(err);
+        if (journal_exists(vfs, path)) {
+            error_set(err, ERR_NOT_FOUND, "%s is an unfinished build, not an index yet", path);
+            error_remedy(err, "annd resume %s goes on with it", path);
+            goto done;
+        }
         error_set(err, ERR_NOT_FOUND, "%s is not an index directory: it has no MANIFEST", path);
         error_remedy(err, "annd build INPUT --output %s makes one", path);
         goto done;

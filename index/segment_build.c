@@ -1,92 +1,43 @@
-/* The space the graph is built in. Vamana compares by squared L2, so the metric is put into the
- * vectors: u8 and i8 under L2 stay as they are; floats under L2 are float32; cosine takes x / |x|;
- * inner product takes (x, sqrt(M^2 - |x|^2)) with M the largest norm, in which nearest by L2 is
- * greatest by inner product (Bachrach et al., "Speeding Up the Xbox Recommender System Using a
- * Euclidean Transformation for Inner-Product Spaces", 2014). That is for the edges alone: codes,
- * pages and scores use the true metric. */
+/* How it works: every stage asks the journal's state whether it is done, does its work from scratch
+ * files to scratch files, and commits. Inside the long ones (partition, graph, sections) the
+ * modules commit themselves, every quarter of a minute. A stage's scratch files go when no later
+ * stage needs them. */
 #include "index/segment_build.h"
 
+#include <assert.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "index/build_plan.h"
 #include "index/calibrate.h"
-#include "index/cells.h"
 #include "index/flat.h"
-#include "index/graph_file.h"
-#include "index/page_codec.h"
-#include "index/page_layout.h"
-#include "index/rows.h"
-#include "index/vamana.h"
+#include "index/leaf_graph.h"
+#include "index/neighbour_lists.h"
+#include "index/partition.h"
+#include "index/segment_parts.h"
 #include "storage/base/bytes.h"
 #include "storage/base/random.h"
 #include "storage/file.h"
-#include "storage/segment_writer.h"
 
 #define FORMAT_VERSION 2u
-#define READ_BYTES (8u << 20)
 #define SAMPLE_ROWS 65536u
-#define ENCODE_ROWS 16384u
-#define PAGE_RUN 512u /* pages encoded at once */
 #define ROWS_MIN 256u
-#define LIST_PLACES 24u /* nearest neighbours that make the order */
-#define REFINE_ROUNDS 8u
-#define CELL_ROWS 72u /* about, in whole pages: finer cells cost memory, coarser ones scans */
+#define INSERT_ROWS 8192u /* fewer are inserted unless asked otherwise: a leaf is 128 */
+#define REFINE_ROUNDS 6u
+#define LIST_ROWS 256u /* neighbour lists moved at once */
+#define CELL_ROWS 72u  /* about, in whole pages: finer cells cost memory, coarser ones scans */
 #define TIER_ROWS_MIN 1000u
 #define QUERIES_MAX 1000u /* rows left out of the order to calibrate with */
 #define QUERIES_MIN 100u  /* fewer say little about a recall of 0.99 */
 #define QUERY_SHARE 50u   /* one row in so many at most */
 #define TRUTH_K 100u
 
-struct build {
-    struct vfs *vfs;
-    const struct vector_source *source;
-    const struct segment_build_rows *rows;
-    struct segment_build_params params;
-    struct pool *pool;
-    struct job *job;
-    struct segment_build_result *result;
-
-    uint32_t count;
-    uint32_t dim;
-    enum element_type element;
-    enum vector_store store;
-    bool normalised;
-    bool exact_pages;
-
-    struct vector_matrix space; /* what the graph is built in */
-    uint8_t *space_data;
-    uint8_t *raw; /* integers under cosine, whose space is normalised: the input; else NULL */
-    float *norms; /* inner product: |x|, until the last dimension is filled */
-    uint8_t input_digest[DIGEST_BYTES];
-
-    struct quantiser *quantiser;
-    struct code_bake_off bake_off;
-    struct graph *graph;
-    struct neighbour_lists lists;
-    struct page_layout_params layout;
-    uint32_t *apart; /* rows to calibrate with */
-    uint32_t cell_pages;
-    struct cells_builder *cells;
-    uint32_t *order;     /* position -> row */
-    uint32_t *positions; /* row -> position */
-    struct page_format format;
-    struct segment_writer *writer;
-};
-
 static bool is_float(enum element_type type)
 {
     return type == ELEMENT_F32;
-}
-
-/* The element type and dimension of the space. */
-static void space_shape(enum metric metric, enum element_type element, uint32_t dim,
-                        enum element_type *type, uint32_t *space_dim)
-{
-    *type = metric == METRIC_L2 ? element : ELEMENT_F32;
-    *space_dim = metric == METRIC_IP ? dim + 1 : dim;
 }
 
 static uint32_t code_bytes_default(uint32_t dim)
@@ -97,8 +48,8 @@ static uint32_t code_bytes_default(uint32_t dim)
     return bytes > dim ? dim : bytes;
 }
 
-static int params_check(const struct vector_source *source, struct segment_build_params *params,
-                        struct error *err)
+int segment_build_params_check(const struct vector_source *source,
+                               struct segment_build_params *params, struct error *err)
 {
     enum element_type element = vector_source_type(source);
     uint32_t dim = vector_source_dim(source);
@@ -137,6 +88,8 @@ static int params_check(const struct vector_source *source, struct segment_build
                          "%s holds f32 vectors, which --store %s cannot hold; wanted f32, f16 or "
                          "8bit",
                          vector_source_name(source), store_name((enum vector_store)params->store));
+    if (params->builder == GRAPH_BUILDER_AUTO)
+        params->builder = rows < INSERT_ROWS ? GRAPH_BUILDER_INSERT : GRAPH_BUILDER_BATCH;
     if (params->max_degree < 4 || params->max_degree > PAGE_DEGREE_MAX)
         return error_set(err, ERR_INVALID, "--max-degree %u is outside 4..%u", params->max_degree,
                          PAGE_DEGREE_MAX);
@@ -147,207 +100,184 @@ static int params_check(const struct vector_source *source, struct segment_build
     return 0;
 }
 
-int segment_build_plan(const struct vector_source *source, const struct segment_build_params *given,
-                       uint32_t workers, uint64_t *bytes, char **sum, struct error *err)
-{
-    struct segment_build_params params = *given;
-    enum element_type type;
-    uint32_t dim = vector_source_dim(source), space_dim;
-    uint64_t rows = vector_source_rows(source);
+/* ---- the journal's state ---- */
 
-    if (params_check(source, &params, err) < 0)
+static bool state_has(const struct build *b, const char *name)
+{
+    return manifest_has(journal_state(b->journal), name);
+}
+
+static int state_done(struct build *b, const char *name, struct error *err)
+{
+    if (manifest_set_u64(journal_state(b->journal), name, 1, err) < 0)
         return -1;
-    space_shape(params.metric, vector_source_type(source), dim, &type, &space_dim);
-
-    const struct vamana_params vamana = {params.max_degree, params.build_list, params.alpha,
-                                         params.seed};
-    uint64_t vectors = rows * element_bytes(type, space_dim);
-    uint64_t graph = vamana_memory_bytes(rows, &vamana, workers);
-    /* The graph as it is kept, the lists, and what page_layout.h says the trades take. */
-    uint64_t layout = rows * (params.max_degree * 4ull + 4) +
-                      neighbour_lists_memory_bytes(rows, LIST_PLACES) +
-                      rows * (44 + 8 * LIST_PLACES);
-    uint64_t sample = (rows < SAMPLE_ROWS ? rows : SAMPLE_ROWS) * dim * 4ull * 3;
-    uint64_t order = rows * 8 + rows * 8 * 2; /* positions both ways; keys and their sort */
-    uint64_t buffers = 4 * READ_BYTES + (uint64_t)ENCODE_ROWS * dim * 8 + (32u << 20);
-
-    if (params.metric == METRIC_COSINE && !is_float(vector_source_type(source)))
-        vectors += rows * dim;
-    graph = graph > layout ? graph : layout;
-    *bytes = vectors + (graph > sample ? graph : sample) + order + buffers;
-    if (sum) {
-        char text[256];
-
-        snprintf(text, sizeof text,
-                 "vectors %.1f MiB, graph and its order %.1f MiB, positions and keys %.1f MiB, "
-                 "buffers %.1f MiB",
-                 (double)vectors / (1 << 20), (double)(graph > sample ? graph : sample) / (1 << 20),
-                 (double)order / (1 << 20), (double)buffers / (1 << 20));
-        *sum = strdup(text);
-        if (!*sum)
-            return error_set(err, ERR_NOMEM, "no memory for the plan's text");
-    }
-    return 0;
+    return journal_commit(b->journal, err);
 }
 
-/* ---- reading ---- */
-
-static void to_float(const uint8_t *in, enum element_type type, uint64_t n, float *out)
+static int scratch_remove(struct build *b, const char *name, struct error *err)
 {
-    if (type == ELEMENT_F32)
-        memcpy(out, in, n * 4);
-    else if (type == ELEMENT_U8)
-        for (uint64_t i = 0; i < n; i++)
-            out[i] = in[i];
-    else
-        for (uint64_t i = 0; i < n; i++)
-            out[i] = (int8_t)in[i];
+    char path[FILE_PATH_MAX];
+
+    if (journal_scratch_path(b->journal, name, path, err) < 0)
+        return -1;
+    return file_remove_all(b->vfs, path, err);
 }
 
-struct ingest {
-    struct build *b;
-    const uint8_t *block;
-    uint64_t first_row;
-    uint32_t zeros[64]; /* per range of the block, so that the sum has one order */
-};
-
-static bool all_zero(const uint8_t *row, uint64_t bytes, bool floats)
+/* A file of the scratch folder, synced: the bytes and their CRC-32C. */
+static int scratch_write(struct build *b, const char *name, const void *data, uint64_t bytes,
+                         struct error *err)
 {
-    for (uint64_t i = 0; i < bytes; i += floats ? 4 : 1)
-        if (floats ? load_f32(row + i) != 0 : row[i] != 0)
-            return false;
-    return true;
-}
-
-static void ingest_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
-{
-    struct ingest *in = context;
-    struct build *b = in->b;
-    uint64_t row_bytes = element_bytes(b->element, b->dim);
-
-    (void)worker;
-    for (uint64_t i = begin; i < end; i++) {
-        const uint8_t *row = in->block + i * row_bytes;
-        uint64_t at = in->first_row + i;
-        uint8_t *space = b->space_data + at * b->space.row_bytes;
-
-        if (all_zero(row, row_bytes, is_float(b->element)))
-            __atomic_fetch_add(&in->zeros[0], 1, __ATOMIC_RELAXED);
-        if (b->raw)
-            memcpy(b->raw + at * row_bytes, row, row_bytes);
-        if (b->params.metric == METRIC_L2) {
-            memcpy(space, row, row_bytes);
-            continue;
-        }
-        float *vector = (float *)(void *)space;
-
-        to_float(row, b->element, b->dim, vector);
-        if (b->params.metric == METRIC_COSINE) {
-            vector_normalise(vector, b->dim);
-        } else {
-            double sum = 0;
-
-            for (uint32_t d = 0; d < b->dim; d++)
-                sum += (double)vector[d] * vector[d];
-            b->norms[at] = (float)sqrt(sum);
-        }
-    }
-}
-
-static int build_read(struct build *b, struct error *err)
-{
-    uint64_t row_bytes = element_bytes(b->element, b->dim);
-    uint64_t block_rows = READ_BYTES / row_bytes ? READ_BYTES / row_bytes : 1;
-    struct ingest in = {.b = b};
-    struct digest *digest = digest_new();
-    uint8_t *block = malloc(block_rows * row_bytes);
+    uint32_t crc = crc32c(0, data, bytes);
+    char path[FILE_PATH_MAX];
+    struct vfs_file *file;
     int rc = -1;
 
-    job_phase(b->job, "read", b->count);
-    b->space_data = malloc(b->count * b->space.row_bytes);
-    if (b->params.metric == METRIC_COSINE && !is_float(b->element))
-        b->raw = malloc(b->count * row_bytes);
-    if (b->params.metric == METRIC_IP)
-        b->norms = malloc(b->count * sizeof *b->norms);
-    if (!digest || !block || !b->space_data ||
-        (b->params.metric == METRIC_COSINE && !is_float(b->element) && !b->raw) ||
-        (b->params.metric == METRIC_IP && !b->norms)) {
-        error_set(err, ERR_NOMEM, "no memory for %u vectors of %u dimensions", b->count, b->dim);
-        goto done;
-    }
-    b->space.data = b->space_data;
-    for (uint64_t first = 0; first < b->count; first += block_rows) {
-        uint64_t rows = b->count - first < block_rows ? b->count - first : block_rows;
-
-        if (vector_source_read(b->source, first, rows, block, err) < 0 ||
-            vector_source_check(b->source, block, first, rows, err) < 0)
-            goto done;
-        digest_update(digest, block, rows * row_bytes);
-        in.block = block;
-        in.first_row = first;
-        pool_for(b->pool, rows, 1024, ingest_range, &in);
-        if (job_advance(b->job, rows, err) < 0)
-            goto done;
-    }
-    b->result->zero_vectors = in.zeros[0];
-    if (b->norms) {
-        float top = 0;
-
-        for (uint32_t i = 0; i < b->count; i++)
-            top = b->norms[i] > top ? b->norms[i] : top;
-        for (uint32_t i = 0; i < b->count; i++) {
-            double rest = (double)top * top - (double)b->norms[i] * b->norms[i];
-            float *vector = (float *)(void *)(b->space_data + i * b->space.row_bytes);
-
-            vector[b->dim] = rest > 0 ? (float)sqrt(rest) : 0;
-        }
-        free(b->norms);
-        b->norms = NULL;
-    }
-    rc = 0;
-done:
-    if (digest)
-        digest_finish(digest, b->input_digest);
-    free(block);
+    if (scratch_remove(b, name, err) < 0 || journal_scratch_path(b->journal, name, path, err) < 0)
+        return -1;
+    file = file_open(b->vfs, path, VFS_WRITE | VFS_CREATE, err);
+    if (file && file_write_full(file, path, data, bytes, 0, err) == 0 &&
+        file_write_full(file, path, &crc, sizeof crc, bytes, err) == 0 &&
+        file_sync(file, path, err) == 0)
+        rc = 0;
+    if (file_close(file, path, rc < 0 ? NULL : err) < 0)
+        rc = -1;
     return rc;
 }
 
-/* The vector codes are made of: the row as distances see it, as dim floats. */
-static void row_floats(const struct build *b, uint32_t row, float *out)
+/* What scratch_write() wrote; malloc'ed. wanted: bytes it must have, 0 for any number. */
+static int scratch_read(struct build *b, const char *name, uint64_t wanted, uint8_t **out,
+                        uint64_t *bytes, struct error *err)
 {
-    const uint8_t *space = b->space_data + row * b->space.row_bytes;
+    char path[FILE_PATH_MAX];
+    struct vfs_file *file = NULL;
+    uint8_t *data = NULL;
+    uint64_t size;
+    uint32_t crc;
+    int rc = -1;
 
-    to_float(space, b->space.type, b->dim, out);
+    if (journal_scratch_path(b->journal, name, path, err) < 0)
+        return -1;
+    file = file_open(b->vfs, path, VFS_READ, err);
+    if (!file || file_size(file, path, &size, err) < 0)
+        goto done;
+    if (size < sizeof crc || (wanted && size != wanted + sizeof crc)) {
+        error_set(err, ERR_CORRUPT, "%s has %" PRIu64 " bytes, which it cannot have", path, size);
+        goto done;
+    }
+    size -= sizeof crc;
+    data = malloc(size + 1);
+    if (!data) {
+        error_set(err, ERR_NOMEM, "no memory for %" PRIu64 " bytes of %s", size, path);
+        goto done;
+    }
+    if (file_read_exact(file, path, data, size, 0, err) < 0 ||
+        file_read_exact(file, path, &crc, sizeof crc, size, err) < 0)
+        goto done;
+    if (crc != crc32c(0, data, size)) {
+        error_set(err, ERR_CORRUPT, "%s fails its checksum", path);
+        goto done;
+    }
+    *out = data;
+    *bytes = size;
+    data = NULL;
+    rc = 0;
+done:
+    free(data);
+    file_close(file, path, NULL);
+    return rc;
 }
 
-/* ---- codes ---- */
+/* ---- inspect ---- */
 
-static int build_train(struct build *b, struct error *err)
+/* Digest, zeros and norms of the input; refuses what is not finite. */
+static int stage_inspect(struct build *b, struct error *err)
+{
+    struct manifest *state = journal_state(b->journal);
+    struct partition_facts facts;
+    const uint8_t *digest;
+    double norm_max;
+    size_t bytes;
+
+    if (!state_has(b, "inspect.sha256")) {
+        if (duplicates_refuse(b, err) < 0 ||
+            partition_inspect(b->source, &b->shape, b->pool, b->job, &facts, err) < 0 ||
+            manifest_set_u64(state, "inspect.zero_vectors", facts.zero_vectors, err) < 0 ||
+            manifest_set_f64(state, "inspect.norm_max", (double)facts.norm_max, err) < 0 ||
+            manifest_set_u64(state, "plan.hold", b->hold, err) < 0 ||
+            manifest_set_u64(state, "plan.window_rows", b->window_rows, err) < 0 ||
+            manifest_set_bytes(state, "inspect.sha256", facts.digest, DIGEST_BYTES, err) < 0 ||
+            journal_commit(b->journal, err) < 0)
+            return -1;
+    }
+    if (manifest_get_u64(state, "inspect.zero_vectors", &b->result->zero_vectors, err) < 0 ||
+        manifest_get_f64(state, "inspect.norm_max", &norm_max, err) < 0 ||
+        manifest_get_bytes(state, "inspect.sha256", &digest, &bytes, err) < 0)
+        return -1;
+    if (bytes != DIGEST_BYTES)
+        return error_set(err, ERR_CORRUPT, "the build's state has a damaged digest");
+    memcpy(b->input_digest, digest, DIGEST_BYTES);
+    b->shape.norm_max = (float)norm_max;
+    return 0;
+}
+
+/* What an earlier run decided by its memory holds: the order's windows are part of the bytes. */
+static int plan_decide(struct build *b, struct error *err)
+{
+    struct manifest *state = journal_state(b->journal);
+    struct build_plan plan;
+    uint64_t window_rows;
+
+    build_plan_make(&b->shape, b->count, &b->params, b->pool ? pool_workers(b->pool) : 1, &plan);
+    if (build_plan_check(&plan, vector_source_name(b->source), b->params.memory_bytes, err) < 0)
+        return -1;
+    b->hold = plan.hold;
+    b->window_rows = plan.window_rows;
+    if (!state_has(b, "plan.window_rows"))
+        return 0;
+    if (manifest_get_u64_in(state, "plan.window_rows", 0, UINT32_MAX, &window_rows, err) < 0)
+        return -1;
+    if (plan.window_rows && (window_rows == 0 || window_rows > plan.window_rows))
+        return error_set(err, ERR_BUDGET,
+                         "this build was begun with more memory, and what it makes depends on it: "
+                         "go on with --memory as it was");
+    b->window_rows = (uint32_t)window_rows;
+    return 0;
+}
+
+/* ---- train ---- */
+
+static int trials_keep(struct build *b, const struct code_bake_off *bake_off, struct error *err);
+
+static int train(struct build *b, struct error *err)
 {
     uint32_t count = b->count < SAMPLE_ROWS ? b->count : SAMPLE_ROWS;
     float *sample = malloc((uint64_t)count * b->dim * sizeof *sample);
+    uint32_t *shuffle = malloc(count * sizeof *shuffle);
+    struct code_bake_off bake_off = {0};
     struct random random;
+    uint8_t *bytes = NULL;
+    size_t size;
     int rc = -1;
 
     job_phase(b->job, "train", 0);
-    if (!sample)
-        return error_set(err, ERR_NOMEM, "no memory for a training sample of %u rows", count);
-    random_init(&random, b->params.seed, 1);
-    /* One row from each of `count` equal stretches, in shuffled order: the quantiser holds out the
-     * sample's end, which must be no stretch of the file. */
-    uint32_t *shuffle = malloc(count * sizeof *shuffle);
-
-    if (!shuffle) {
+    if (!sample || !shuffle) {
         error_set(err, ERR_NOMEM, "no memory for a training sample of %u rows", count);
         goto done;
     }
+    random_init(&random, b->params.seed, 1);
+    /* One row from each of `count` equal stretches, in shuffled order: the quantiser holds out the
+     * sample's end, which must be no stretch of the file. */
     random_permutation(&random, shuffle, count);
     for (uint32_t i = 0; i < count; i++) {
         uint64_t begin = (uint64_t)i * b->count / count;
         uint64_t end = (uint64_t)(i + 1) * b->count / count;
+        float *vector = sample + (uint64_t)shuffle[i] * b->dim;
 
-        row_floats(b, (uint32_t)(begin + random_below(&random, end - begin)),
-                   sample + (uint64_t)shuffle[i] * b->dim);
+        if (vector_source_read_f32(b->source, begin + random_below(&random, end - begin), 1, vector,
+                                   err) < 0)
+            goto done;
+        if (b->params.metric == METRIC_COSINE)
+            vector_normalise(vector, b->dim);
     }
     const struct quantiser_params code = {
         b->params.code,
@@ -357,475 +287,138 @@ static int build_train(struct build *b, struct error *err)
             : b->params.own_distortion,
         b->params.code_bytes, b->params.seed};
 
-    rc = quantiser_train(&code, sample, count, b->dim, b->pool, b->job, &b->quantiser, &b->bake_off,
-                         err);
+    if (quantiser_train(&code, sample, count, b->dim, b->pool, b->job, &b->quantiser, &bake_off,
+                        err) < 0 ||
+        trials_keep(b, &bake_off, err) < 0 ||
+        quantiser_encode_bytes(b->quantiser, &bytes, &size, err) < 0 ||
+        scratch_write(b, "quantiser", bytes, size, err) < 0)
+        goto done;
+    rc = state_done(b, "train.done", err);
 done:
+    free(bytes);
     free(shuffle);
     free(sample);
     return rc;
 }
 
-struct gather {
-    const struct build *b;
-    uint32_t first;
-    float *out;
-};
-
-static void gather_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
+static int stage_train(struct build *b, struct error *err)
 {
-    struct gather *g = context;
-
-    (void)worker;
-    for (uint64_t i = begin; i < end; i++)
-        row_floats(g->b, g->b->order[g->first + i], g->out + i * g->b->dim);
-}
-
-static int write_cells(struct build *b, struct error *err)
-{
-    struct cells *cells = NULL;
     uint8_t *bytes = NULL;
-    size_t count;
-    int rc = -1;
+    uint64_t size;
+    int rc;
 
-    if (cells_builder_finish(b->cells, &cells, err) < 0 ||
-        cells_encode_bytes(cells, &bytes, &count, err) < 0 ||
-        segment_writer_begin(b->writer, "f0.cells", SECTION_CELLS, FILE_BLOCK_BYTES, err) < 0 ||
-        segment_writer_append(b->writer, bytes, count, err) < 0)
-        goto done;
-    rc = segment_writer_end(b->writer, err);
-done:
+    if (!state_has(b, "train.done"))
+        return train(b, err);
+    if (scratch_read(b, "quantiser", 0, &bytes, &size, err) < 0)
+        return -1;
+    rc = quantiser_decode_bytes(bytes, size, "scratch/quantiser", &b->quantiser, err);
     free(bytes);
-    cells_free(cells);
     return rc;
 }
 
-/* Codes, and the centroids of the cells on the way. */
-static int write_codes(struct build *b, struct error *err)
+/* ---- graph ---- */
+
+/* Lists in memory written as leaf_graph.h leaves them. */
+static int lists_fill(struct build *b, const struct neighbour_lists *lists, struct error *err)
 {
-    uint32_t code_bytes = quantiser_code_bytes(b->quantiser);
-    float *vectors = malloc((uint64_t)ENCODE_ROWS * b->dim * sizeof *vectors);
-    uint8_t *codes = malloc((uint64_t)ENCODE_ROWS * code_bytes);
+    uint32_t words = graph_record_words(LEAF_GRAPH_LIST_PLACES);
+    uint32_t *records = calloc((uint64_t)LIST_ROWS * words, sizeof *records);
+    struct graph_store *store = NULL;
     int rc = -1;
 
-    job_phase(b->job, "codes", b->count);
-    if (!vectors || !codes) {
-        error_set(err, ERR_NOMEM, "no memory for a block of codes");
+    if (!records) {
+        error_set(err, ERR_NOMEM, "no memory for neighbour lists");
         goto done;
     }
-    if (cells_builder_new(b->count, b->cell_pages * b->format.capacity, b->dim, &b->cells, err) <
-            0 ||
-        segment_writer_begin(b->writer, "f0.codes", SECTION_CODES, FILE_BLOCK_BYTES, err) < 0)
+    if (graph_store_open(b->vfs, b->journal, "lists", b->count, LEAF_GRAPH_LIST_PLACES, true,
+                         &store, err) < 0)
         goto done;
-    for (uint32_t first = 0; first < b->count; first += ENCODE_ROWS) {
-        uint32_t rows = b->count - first < ENCODE_ROWS ? b->count - first : ENCODE_ROWS;
-        struct gather gather = {b, first, vectors};
+    for (uint32_t first = 0; first < b->count; first += LIST_ROWS) {
+        uint32_t rows = b->count - first < LIST_ROWS ? b->count - first : LIST_ROWS;
 
-        pool_for(b->pool, rows, 256, gather_range, &gather);
-        cells_builder_add(b->cells, vectors, rows);
-        if (quantiser_encode(b->quantiser, vectors, rows, b->pool, codes, err) < 0 ||
-            segment_writer_append(b->writer, codes, (uint64_t)rows * code_bytes, err) < 0 ||
-            job_advance(b->job, rows, err) < 0)
+        for (uint32_t i = 0; i < rows; i++) {
+            const uint32_t *list = lists->rows + (uint64_t)(first + i) * lists->k;
+            uint32_t *record = records + (uint64_t)i * words, count = 0;
+
+            memset(record, 0, words * sizeof *record);
+            for (; count < lists->k && list[count] != NEIGHBOUR_NONE; count++)
+                record[1 + count] = list[count];
+            record[0] = count;
+        }
+        if (graph_store_write(store, first, rows, records, err) < 0)
             goto done;
     }
-    if (segment_writer_end(b->writer, err) < 0)
-        goto done;
-    rc = write_cells(b, err);
+    rc = graph_store_sync(store, err);
 done:
-    free(vectors);
-    free(codes);
+    graph_store_close(store);
+    free(records);
     return rc;
 }
 
-static int write_quantiser(struct build *b, struct error *err)
+/* By insertion, in memory: the lists come from the finished graph. */
+static int graph_insert(struct build *b, struct error *err)
 {
-    uint8_t *bytes = NULL;
-    size_t count;
+    const struct vamana_params params = {b->params.max_degree, b->params.build_list,
+                                         b->params.alpha, b->params.seed};
+    const struct vector_matrix matrix = row_store_matrix(b->row_store);
+    struct neighbour_lists lists = {0};
+    struct graph_store *store = NULL;
+    struct graph *graph = NULL;
     int rc = -1;
 
-    if (quantiser_encode_bytes(b->quantiser, &bytes, &count, err) < 0)
-        return -1;
-    if (segment_writer_begin(b->writer, "f0.quantiser", SECTION_QUANTISER, FILE_BLOCK_BYTES, err) ==
-            0 &&
-        segment_writer_append(b->writer, bytes, count, err) == 0)
-        rc = segment_writer_end(b->writer, err);
-    free(bytes);
+    job_phase(b->job, "graph", b->count);
+    if (vamana_build(&matrix, &params, b->pool, b->job, &graph, err) < 0 ||
+        neighbour_lists_make(&matrix, graph, LEAF_GRAPH_LIST_PLACES, b->pool, b->job, &lists, err) <
+            0 ||
+        graph_store_open(b->vfs, b->journal, "graph", b->count, b->params.max_degree, true, &store,
+                         err) < 0 ||
+        graph_store_fill(store, graph, err) < 0 || graph_store_sync(store, err) < 0)
+        goto done;
+    rc = lists_fill(b, &lists, err);
+done:
+    neighbour_lists_release(&lists);
+    graph_store_close(store);
+    graph_free(graph);
     return rc;
 }
 
-/* ---- pages ---- */
-
-struct page_run {
-    struct build *b;
-    uint64_t first_page;
-    uint8_t *payload;
-    uint64_t kept[PAGE_RUN];
-    uint64_t given[PAGE_RUN];
-    struct error errors[1];
-    bool failed;
-};
-
-static int64_t row_key(const struct build *b, uint32_t row)
+static int graph_make(struct build *b, struct error *err)
 {
-    return b->rows->int64_keys ? b->rows->int64_keys[row] : (int64_t)row;
-}
+    const struct leaf_graph_params params = {b->params.max_degree, b->params.alpha, b->params.seed,
+                                             0, 0};
+    int rc;
 
-static void store_row(const struct build *b, uint32_t row, float *scratch, uint8_t *out)
-{
-    if (b->raw)
-        to_float(b->raw + row * element_bytes(b->element, b->dim), b->element, b->dim, scratch);
+    if (b->hold && row_store_hold(b->row_store, b->pool, err) < 0)
+        return -1;
+    if (b->params.builder == GRAPH_BUILDER_INSERT)
+        rc = graph_insert(b, err);
     else
-        row_floats(b, row, scratch);
-    store_encode(b->store, b->params.metric, scratch, b->dim, out);
+        rc = leaf_graph_make(b->vfs, b->row_store, &params, b->params.memory_bytes, b->journal,
+                             b->pool, b->job, err);
+    return rc < 0 ? -1 : state_done(b, "graph.done", err);
 }
 
-static int encode_page(struct page_run *run, uint64_t i, struct error *err)
+static int stage_graph(struct build *b, struct error *err)
 {
-    struct build *b = run->b;
-    uint64_t page = run->first_page + i;
-    uint32_t count = page_node_count(&b->format, page);
-    uint32_t degree_max = b->graph->max_degree;
-    struct page_node *nodes = calloc(count, sizeof *nodes);
-    uint8_t *vectors = malloc((uint64_t)count * b->format.vector_bytes);
-    uint32_t *neighbours = malloc((uint64_t)count * degree_max * sizeof *neighbours);
-    float *scratch = malloc(b->dim * sizeof *scratch);
-    int rc = -1;
+    static const char *const used_up[] = {"draft", "edges", "edges.table"};
+    uint64_t linked;
 
-    if (!nodes || !vectors || !neighbours || !scratch) {
-        error_set(err, ERR_NOMEM, "no memory for a page");
-        goto done;
-    }
-    for (uint32_t slot = 0; slot < count; slot++) {
-        uint32_t row = b->order[page * b->format.capacity + slot];
-        uint32_t *list = neighbours + (uint64_t)slot * degree_max;
-
-        store_row(b, row, scratch, vectors + (uint64_t)slot * b->format.vector_bytes);
-        for (uint32_t e = 0; e < b->graph->degrees[row]; e++)
-            list[e] = b->positions[b->graph->neighbours[(uint64_t)row * degree_max + e]];
-        nodes[slot] =
-            (struct page_node){.vector = vectors + (uint64_t)slot * b->format.vector_bytes,
-                               .key = row_key(b, row),
-                               .row = row,
-                               .neighbours = list,
-                               .degree = b->graph->degrees[row]};
-    }
-    rc = page_encode(&b->format, page, nodes,
-                     run->payload + i * (b->format.page_bytes - BLOCK_CRC_BYTES), &run->kept[i],
-                     &run->given[i], err);
-done:
-    free(nodes);
-    free(vectors);
-    free(neighbours);
-    free(scratch);
-    return rc;
-}
-
-static void page_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
-{
-    struct page_run *run = context;
-
-    (void)worker;
-    for (uint64_t i = begin; i < end; i++) {
-        struct error err = ERROR_INIT;
-
-        if (encode_page(run, i, &err) < 0 &&
-            !__atomic_exchange_n(&run->failed, true, __ATOMIC_ACQ_REL))
-            run->errors[0] = err;
-    }
-}
-
-static int write_pages(struct build *b, struct error *err)
-{
-    uint32_t payload = b->format.page_bytes - BLOCK_CRC_BYTES;
-    uint64_t pages = b->format.page_count;
-    struct page_run *run = calloc(1, sizeof *run);
-    int rc = -1;
-
-    job_phase(b->job, "pages", pages);
-    if (run)
-        run->payload = malloc((uint64_t)PAGE_RUN * payload);
-    if (!run || !run->payload) {
-        error_set(err, ERR_NOMEM, "no memory for a run of pages");
-        goto done;
-    }
-    run->b = b;
-    if (segment_writer_begin(b->writer, "f0.pages", SECTION_PAGES, b->format.page_bytes, err) < 0)
-        goto done;
-    for (uint64_t first = 0; first < pages; first += PAGE_RUN) {
-        uint64_t count = pages - first < PAGE_RUN ? pages - first : PAGE_RUN;
-
-        run->first_page = first;
-        memset(run->kept, 0, sizeof run->kept);
-        memset(run->given, 0, sizeof run->given);
-        pool_for(b->pool, count, 8, page_range, run);
-        if (run->failed) {
-            *err = run->errors[0];
-            goto done;
-        }
-        for (uint64_t i = 0; i < count; i++) {
-            b->result->edges_kept += run->kept[i];
-            b->result->edges_given += run->given[i];
-        }
-        if (segment_writer_append(b->writer, run->payload, count * payload, err) < 0 ||
-            job_advance(b->job, count, err) < 0)
-            goto done;
-    }
-    rc = segment_writer_end(b->writer, err);
-done:
-    if (run)
-        free(run->payload);
-    free(run);
-    return rc;
-}
-
-/* ---- originals, rows, keys ---- */
-
-static int write_originals(struct build *b, struct error *err)
-{
-    uint64_t row_bytes = element_bytes(b->element, b->dim);
-    uint8_t *row = malloc(row_bytes);
-    int rc = -1;
-
-    job_phase(b->job, "originals", b->count);
-    if (!row)
-        return error_set(err, ERR_NOMEM, "no memory for a vector");
-    if (segment_writer_begin(b->writer, "f0.vectors", SECTION_VECTORS, FILE_BLOCK_BYTES, err) < 0)
-        goto done;
-    for (uint32_t position = 0; position < b->count; position++) {
-        /* Under L2 the space is the input; else the file is read again, row by row. */
-        const uint8_t *from = b->space_data + b->order[position] * b->space.row_bytes;
-
-        if (b->params.metric == METRIC_COSINE) {
-            if (vector_source_read(b->source, b->order[position], 1, row, err) < 0)
-                goto done;
-            from = row;
-        }
-        if (segment_writer_append(b->writer, from, row_bytes, err) < 0 ||
-            (position % 1024 == 1023 && job_advance(b->job, 1024, err) < 0))
-            goto done;
-    }
-    rc = segment_writer_end(b->writer, err);
-done:
-    free(row);
-    return rc;
-}
-
-static int write_rows(struct build *b, struct error *err)
-{
-    struct rows_writer *rows = NULL;
-    struct record_buffer record = {0};
-    int rc = -1;
-
-    job_phase(b->job, "rows", b->count);
-    if (segment_writer_begin(b->writer, "rows", SECTION_ROWS, FILE_BLOCK_BYTES, err) < 0 ||
-        rows_writer_new(b->writer, &rows, err) < 0)
-        goto done;
-    for (uint32_t position = 0; position < b->count; position++) {
-        if (b->rows->record(b->rows->context, b->order[position], &record, err) < 0 ||
-            rows_writer_append(rows, record.data, record.bytes, err) < 0 ||
-            (position % 1024 == 1023 && job_advance(b->job, 1024, err) < 0))
-            goto done;
-    }
-    if (rows_writer_finish(rows, err) < 0)
-        goto done;
-    rc = segment_writer_end(b->writer, err);
-done:
-    record_release(&record);
-    rows_writer_free(rows);
-    return rc;
-}
-
-static int compare_entries(const void *a, const void *b)
-{
-    const struct key_entry *x = a, *y = b;
-
-    if (x->ordinal != y->ordinal)
-        return x->ordinal < y->ordinal ? -1 : 1;
-    return (x->position > y->position) - (x->position < y->position);
-}
-
-/* The sorted entries of all keys, numbered by position; by row while there is no order yet. */
-static struct key_entry *key_entries(const struct build *b, struct error *err)
-{
-    struct key_entry *entries = malloc((uint64_t)b->count * sizeof *entries);
-
-    if (!entries) {
-        error_set(err, ERR_NOMEM, "no memory for %u keys", b->count);
-        return NULL;
-    }
-    for (uint32_t i = 0; i < b->count; i++) {
-        uint32_t row = b->order ? b->order[i] : i;
-
-        entries[i].position = i;
-        entries[i].ordinal =
-            b->rows->text_keys ? key_hash(b->rows->text_keys[row], strlen(b->rows->text_keys[row]))
-                               : key_ordinal_int64(row_key(b, row));
-    }
-    qsort(entries, b->count, sizeof *entries, compare_entries);
-    return entries;
-}
-
-/* Before anything that takes long. Equal hashes of text keys are told apart by the texts. */
-static int duplicates_refuse(const struct build *b, struct error *err)
-{
-    struct key_entry *entries;
-    int rc = -1;
-
-    if (!b->rows->text_keys && !b->rows->int64_keys)
-        return 0;
-    entries = key_entries(b, err);
-    if (!entries)
+    if (!state_has(b, "graph.done") && graph_make(b, err) < 0)
         return -1;
-    for (uint32_t i = 1; i < b->count; i++)
-        for (uint32_t j = i; j > 0 && entries[j - 1].ordinal == entries[i].ordinal; j--) {
-            uint32_t low = entries[j - 1].position, high = entries[i].position;
-
-            if (!b->rows->text_keys) {
-                error_set(err, ERR_INVALID, "key %" PRId64 " stands twice: in rows %u and %u",
-                          row_key(b, low), low, high);
-                goto done;
-            }
-            if (!strcmp(b->rows->text_keys[low], b->rows->text_keys[high])) {
-                error_set(err, ERR_INVALID, "key '%.200s' stands twice: in rows %u and %u",
-                          b->rows->text_keys[low], low, high);
-                goto done;
-            }
-        }
-    rc = 0;
-done:
-    free(entries);
-    return rc;
-}
-
-static int write_keys(struct build *b, struct error *err)
-{
-    struct key_entry *entries;
-    int rc = -1;
-
-    job_phase(b->job, "keys", b->count);
-    entries = key_entries(b, err);
-    if (!entries)
+    for (size_t i = 0; i < sizeof used_up / sizeof used_up[0]; i++)
+        if (scratch_remove(b, used_up[i], err) < 0)
+            return -1;
+    if (graph_store_open(b->vfs, b->journal, "graph", b->count, b->params.max_degree, false,
+                         &b->graph, err) < 0)
         return -1;
-    if (segment_writer_begin(b->writer, "keys", SECTION_KEYS, FILE_BLOCK_BYTES, err) < 0 ||
-        keys_write(b->writer, entries, b->count, err) < 0)
-        goto done;
-    rc = segment_writer_end(b->writer, err);
-done:
-    free(entries);
-    return rc;
-}
-
-/* ---- what the segment says of itself ---- */
-
-static int segment_id_make(const struct build *b, uint8_t id[DIGEST_BYTES], struct error *err)
-{
-    const struct segment_build_params *p = &b->params;
-    char text[512];
-    struct digest *digest = digest_new();
-
-    if (!digest)
-        return error_set(err, ERR_NOMEM, "no memory for the segment's id");
-    snprintf(text, sizeof text,
-             "annd segment %u shard 0 rows %u dim %u element %u metric %u store %u code %u/%u/%u "
-             "degree %u list %u alpha %a seed %" PRIu64 " originals %d serve %" PRIu64
-             " queries %u",
-             FORMAT_VERSION, b->count, b->dim, (unsigned)b->element, (unsigned)p->metric,
-             (unsigned)b->store, (unsigned)p->code, p->code_bytes, (unsigned)p->own_distortion,
-             p->max_degree, p->build_list, (double)p->alpha, p->seed, p->keep_originals,
-             p->serve_memory_bytes, p->calibrate_count);
-    digest_update(digest, text, strlen(text));
-    if (p->calibrate_count)
-        digest_update(digest, p->calibrate_vectors,
-                      (uint64_t)p->calibrate_count * b->dim * sizeof *p->calibrate_vectors);
-    digest_update(digest, b->input_digest, DIGEST_BYTES);
-    digest_update(digest, b->rows->digest, DIGEST_BYTES);
-    digest_finish(digest, id);
-    return 0;
-}
-
-/* What the choice of the code rests on, a sentence a trial. */
-static int trials_fill(const struct build *b, struct manifest *m, struct error *err)
-{
-    for (uint32_t i = 0; i < b->bake_off.count; i++) {
-        const struct code_trial *t = &b->bake_off.trials[i];
-        char name[32], text[256];
-
-        snprintf(name, sizeof name, "field.0.trial.%u", i);
-        if (t->verified_95 > 0)
-            snprintf(text, sizeof text,
-                     "%s of %u bytes%s: distortion %.4g; of %u rows, %.1f and %.1f looked at give "
-                     "0.95 and 0.99 of the ten nearest (%u queries)%s",
-                     code_kind_name(t->kind), t->code_bytes,
-                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion,
-                     b->bake_off.base_rows, (double)t->verified_95, (double)t->verified_99,
-                     b->bake_off.queries, t->chosen ? "; chosen" : "");
-        else
-            snprintf(text, sizeof text, "%s of %u bytes%s: distortion %.4g; as asked for",
-                     code_kind_name(t->kind), t->code_bytes,
-                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion);
-        if (manifest_set_text(m, name, text, err) < 0)
-            return -1;
-    }
-    return 0;
-}
-
-static int manifest_fill(struct build *b, struct error *err)
-{
-    struct manifest *m = segment_writer_manifest(b->writer);
-    const struct {
-        const char *name;
-        uint64_t value;
-    } numbers[] = {
-        {"field.0.dim", b->dim},
-        {"field.0.element", b->element},
-        {"field.0.metric", b->params.metric},
-        {"field.0.store", b->store},
-        {"field.0.code_kind", quantiser_kind(b->quantiser)},
-        {"field.0.code_bytes", quantiser_code_bytes(b->quantiser)},
-        {"field.0.page_bytes", b->format.page_bytes},
-        {"field.0.page_capacity", b->format.capacity},
-        {"field.0.max_degree", b->graph->max_degree},
-        {"field.0.build_list", b->params.build_list},
-        {"field.0.entry_point", b->positions[b->graph->entry_point]},
-        {"field.0.page_holds_keys", b->format.holds_keys},
-        {"field.0.page_holds_rows", b->format.holds_rows},
-        {"field.0.normalised", b->normalised},
-        {"field.0.exact_pages", b->exact_pages},
-        {"field.0.zero_vectors", b->result->zero_vectors},
-        {"field.0.edges", b->result->edges_kept},
-        {"field.0.seed", b->params.seed},
-        {"field.0.cell_pages", b->cell_pages},
-        {"field.0.own_distortion", quantiser_has_own_distortion(b->quantiser)},
-        {"field.0.left_out_rows", b->layout.apart_count},
-        {"field.count", 1},
-        {"shard", 0},
-        {"lsn.min", 0},
-        {"lsn.max", 0},
-    };
-
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
-        if (manifest_set_u64(m, numbers[i].name, numbers[i].value, err) < 0)
-            return -1;
-    if (manifest_set_f64(m, "field.0.alpha", (double)b->params.alpha, err) < 0 ||
-        manifest_set_f64(m, "field.0.distortion", (double)quantiser_distortion(b->quantiser), err) <
-            0 ||
-        manifest_set_bytes(m, "input.sha256", b->input_digest, DIGEST_BYTES, err) < 0 ||
-        manifest_set_bytes(m, "rows.sha256", b->rows->digest, DIGEST_BYTES, err) < 0)
-        return -1;
-    for (uint32_t i = 0; i < b->layout.tier_count; i++) {
-        char name[32];
-
-        snprintf(name, sizeof name, "field.0.tier.%u", i);
-        if (manifest_set_u64(m, name, b->layout.tier_ends[i], err) < 0)
-            return -1;
-    }
-    return trials_fill(b, m, err);
+    return graph_store_connect(b->graph, b->row_store, b->journal, b->pool, b->job, &linked, err);
 }
 
 /* ---- order ---- */
 
-/* Rows that recall is calibrated with: one of each of equal stretches. They take no part in the
- * order, see calibrate.h; there are none when the user brought queries, or where there are too few
- * rows to spare. */
+/* Rows that recall is calibrated with: one of each of equal stretches of the space order. They take
+ * no part in the page order, see calibrate.h; there are none when the user brought queries, or
+ * where there are too few rows to spare. */
 static int choose_apart(struct build *b, struct error *err)
 {
     uint32_t wanted = b->count / QUERY_SHARE < QUERIES_MAX ? b->count / QUERY_SHARE : QUERIES_MAX;
@@ -882,76 +475,230 @@ static void choose_tiers(struct build *b)
         tier_add(b, (uint64_t)b->count * percents[i] / 100);
 }
 
-static int build_order(struct build *b, struct error *err)
+static int read_lists(void *context, uint32_t first, uint32_t count, uint32_t *lists,
+                      struct error *err)
 {
+    const struct graph_store *store = context;
+    uint32_t words = graph_record_words(LEAF_GRAPH_LIST_PLACES);
+    uint32_t records[LIST_ROWS * (LEAF_GRAPH_LIST_PLACES + 2)];
+
+    for (uint32_t done = 0; done < count; done += LIST_ROWS) {
+        uint32_t rows = count - done < LIST_ROWS ? count - done : LIST_ROWS;
+
+        if (graph_store_read(store, first + done, rows, records, err) < 0)
+            return -1;
+        for (uint32_t i = 0; i < rows; i++) {
+            const uint32_t *record = records + i * words;
+            uint32_t *list = lists + (uint64_t)(done + i) * LEAF_GRAPH_LIST_PLACES;
+
+            for (uint32_t k = 0; k < LEAF_GRAPH_LIST_PLACES; k++)
+                list[k] = k < record[0] ? record[1 + k] : NEIGHBOUR_NONE;
+        }
+    }
+    return 0;
+}
+
+static int read_vectors(void *context, uint32_t first, uint32_t count, uint8_t *rows,
+                        struct error *err)
+{
+    const struct build *b = context;
+
+    return row_store_read(b->row_store, first, count, rows, err);
+}
+
+static int order_make(struct build *b, struct error *err)
+{
+    struct graph_store *lists = NULL;
+    const struct page_vectors vectors = {.count = b->count,
+                                         .dim = b->shape.space_dim,
+                                         .type = b->shape.space_type,
+                                         .row_bytes = b->shape.stride,
+                                         .read = read_vectors,
+                                         .context = b};
+    int rc = -1;
+
+    b->order = malloc((uint64_t)b->count * sizeof *b->order);
+    if (!b->order)
+        return error_set(err, ERR_NOMEM, "no memory for the order of %u rows", b->count);
+    if (graph_store_open(b->vfs, b->journal, "lists", b->count, LEAF_GRAPH_LIST_PLACES, false,
+                         &lists, err) < 0)
+        return -1;
+    const struct page_neighbours neighbours = {LEAF_GRAPH_LIST_PLACES, read_lists, lists};
+
+    if (page_layout_make(&vectors, &neighbours, &b->layout, b->pool, b->job, b->order, err) == 0 &&
+        scratch_write(b, "order", b->order, (uint64_t)b->count * sizeof *b->order, err) == 0)
+        rc = state_done(b, "order.done", err);
+    graph_store_close(lists);
+    return rc;
+}
+
+static int order_read(struct build *b, struct error *err)
+{
+    uint64_t bytes;
+    uint8_t *order;
+
+    if (scratch_read(b, "order", (uint64_t)b->count * sizeof *b->order, &order, &bytes, err) < 0)
+        return -1;
+    b->order = (uint32_t *)(void *)order;
+    for (uint32_t i = 0; i < b->count; i++)
+        if (b->order[i] >= b->count)
+            return error_set(err, ERR_CORRUPT, "scratch/order: position %" PRIu32 " is of no row",
+                             i);
+    return 0;
+}
+
+static int stage_order(struct build *b, struct error *err)
+{
+    char path[FILE_PATH_MAX], folder[FILE_PATH_MAX];
+
     b->cell_pages = (CELL_ROWS + b->format.capacity / 2) / b->format.capacity;
     if (b->cell_pages < 1)
         b->cell_pages = 1;
     b->layout.capacity = b->format.capacity;
     b->layout.seed = b->params.seed;
     b->layout.refine_rounds = REFINE_ROUNDS;
-    b->order = malloc((uint64_t)b->count * sizeof *b->order);
-    b->positions = malloc((uint64_t)b->count * sizeof *b->positions);
-    if (!b->order || !b->positions)
-        return error_set(err, ERR_NOMEM, "no memory for the order of %u rows", b->count);
-    if (choose_apart(b, err) < 0 ||
-        neighbour_lists_make(&b->space, b->graph, LIST_PLACES, b->pool, b->job, &b->lists, err) < 0)
+    b->layout.window_rows = b->window_rows;
+    if (choose_apart(b, err) < 0)
         return -1;
-    b->layout.neighbours = &b->lists;
     choose_tiers(b);
-    if (page_layout_order(&b->space, &b->layout, b->pool, b->job, b->order, err) < 0)
+    row_store_drop(b->row_store);
+    if ((state_has(b, "order.done") ? order_read(b, err) : order_make(b, err)) < 0)
         return -1;
-    neighbour_lists_release(&b->lists);
+    if (scratch_remove(b, "lists", err) < 0 ||
+        journal_scratch_path(b->journal, "numbers", path, err) < 0)
+        return -1;
+    file_path_folder(folder, path);
+    if (row_store_read_numbers(b->vfs, folder, b->count, &b->numbers, err) < 0)
+        return -1;
+    b->positions = malloc((uint64_t)b->count * sizeof *b->positions);
+    if (!b->positions)
+        return error_set(err, ERR_NOMEM, "no memory for the positions of %u rows", b->count);
     for (uint32_t position = 0; position < b->count; position++)
         b->positions[b->order[position]] = position;
     return 0;
 }
 
-/* ---- graph ---- */
+/* ---- what the segment says of itself ---- */
 
-/* What the graph is a function of: the space and vamana's parameters. */
-static int graph_key(const struct build *b, uint8_t key[DIGEST_BYTES], struct error *err)
+static int segment_id_make(const struct build *b, uint8_t id[DIGEST_BYTES], struct error *err)
 {
     const struct segment_build_params *p = &b->params;
+    char text[512];
     struct digest *digest = digest_new();
-    char text[160];
 
     if (!digest)
-        return error_set(err, ERR_NOMEM, "no memory for the graph's key");
+        return error_set(err, ERR_NOMEM, "no memory for the segment's id");
     snprintf(text, sizeof text,
-             "annd graph 1 rows %u dim %u element %u metric %u degree %u list %u alpha %a seed "
-             "%" PRIu64,
-             b->count, b->dim, (unsigned)b->element, (unsigned)p->metric, p->max_degree,
-             p->build_list, (double)p->alpha, p->seed);
+             "annd segment %u shard 0 rows %u dim %u element %u metric %u store %u code %u/%u/%u "
+             "degree %u list %u alpha %a seed %" PRIu64 " originals %d serve %" PRIu64
+             " queries %u builder %u window %u",
+             FORMAT_VERSION, b->count, b->dim, (unsigned)b->shape.element, (unsigned)p->metric,
+             (unsigned)b->store, (unsigned)p->code, p->code_bytes, (unsigned)p->own_distortion,
+             p->max_degree, p->build_list, (double)p->alpha, p->seed, p->keep_originals,
+             p->serve_memory_bytes, p->calibrate_count, (unsigned)p->builder, b->window_rows);
     digest_update(digest, text, strlen(text));
+    if (p->calibrate_count)
+        digest_update(digest, p->calibrate_vectors,
+                      (uint64_t)p->calibrate_count * b->dim * sizeof *p->calibrate_vectors);
     digest_update(digest, b->input_digest, DIGEST_BYTES);
-    digest_finish(digest, key);
+    digest_update(digest, b->rows->digest, DIGEST_BYTES);
+    digest_finish(digest, id);
     return 0;
 }
 
-static int build_graph(struct build *b, struct error *err)
+/* What the choice of the code rests on, a sentence a trial, kept in the state until there is a
+ * manifest for it. */
+static int trials_keep(struct build *b, const struct code_bake_off *bake_off, struct error *err)
 {
-    const struct vamana_params vamana = {b->params.max_degree, b->params.build_list,
-                                         b->params.alpha, b->params.seed};
-    const char *path = b->params.graph_path;
-    struct error found = ERROR_INIT;
-    uint8_t key[DIGEST_BYTES];
+    for (uint32_t i = 0; i < bake_off->count; i++) {
+        const struct code_trial *t = &bake_off->trials[i];
+        char name[32], text[256];
 
-    job_phase(b->job, "graph", b->count);
-    if (path) {
-        if (graph_key(b, key, err) < 0)
+        snprintf(name, sizeof name, "trial.%u", i);
+        if (t->verified_95 > 0)
+            snprintf(text, sizeof text,
+                     "%s of %u bytes%s: distortion %.4g; of %u rows, %.1f and %.1f looked at give "
+                     "0.95 and 0.99 of the ten nearest (%u queries)%s",
+                     code_kind_name(t->kind), t->code_bytes,
+                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion,
+                     bake_off->base_rows, (double)t->verified_95, (double)t->verified_99,
+                     bake_off->queries, t->chosen ? "; chosen" : "");
+        else
+            snprintf(text, sizeof text, "%s of %u bytes%s: distortion %.4g; as asked for",
+                     code_kind_name(t->kind), t->code_bytes,
+                     t->own_distortion ? " with its own distortion" : "", (double)t->distortion);
+        if (manifest_set_text(journal_state(b->journal), name, text, err) < 0)
             return -1;
-        if (graph_file_read(b->vfs, path, key, &b->graph, &found) == 0)
-            return 0;
-        /* Absent, or of another input or parameters: it is made anew. Damage is told. */
-        if (found.code != ERR_NOT_FOUND && found.code != ERR_INVALID) {
-            *err = found;
-            return -1;
-        }
     }
-    if (vamana_build(&b->space, &vamana, b->pool, b->job, &b->graph, err) < 0)
+    return 0;
+}
+
+static int trials_fill(struct build *b, struct manifest *m, struct error *err)
+{
+    for (uint32_t i = 0;; i++) {
+        char name[32], entry[32];
+        const char *text;
+
+        snprintf(entry, sizeof entry, "trial.%u", i);
+        snprintf(name, sizeof name, "field.0.trial.%u", i);
+        if (!state_has(b, entry))
+            return 0;
+        if (manifest_get_text(journal_state(b->journal), entry, &text, err) < 0 ||
+            manifest_set_text(m, name, text, err) < 0)
+            return -1;
+    }
+}
+
+static int manifest_fill(struct build *b, struct error *err)
+{
+    struct manifest *m = segment_writer_manifest(b->writer);
+    const struct {
+        const char *name;
+        uint64_t value;
+    } numbers[] = {
+        {"field.0.dim", b->dim},
+        {"field.0.element", b->shape.element},
+        {"field.0.metric", b->params.metric},
+        {"field.0.store", b->store},
+        {"field.0.code_kind", quantiser_kind(b->quantiser)},
+        {"field.0.code_bytes", quantiser_code_bytes(b->quantiser)},
+        {"field.0.page_bytes", b->format.page_bytes},
+        {"field.0.page_capacity", b->format.capacity},
+        {"field.0.max_degree", b->graph->max_degree},
+        {"field.0.build_list", b->params.build_list},
+        {"field.0.entry_point", b->positions[b->graph->entry_point]},
+        {"field.0.page_holds_keys", b->format.holds_keys},
+        {"field.0.page_holds_rows", b->format.holds_rows},
+        {"field.0.normalised", b->normalised},
+        {"field.0.exact_pages", b->exact_pages},
+        {"field.0.zero_vectors", b->result->zero_vectors},
+        {"field.0.seed", b->params.seed},
+        {"field.0.cell_pages", b->cell_pages},
+        {"field.0.own_distortion", quantiser_has_own_distortion(b->quantiser)},
+        {"field.0.left_out_rows", b->layout.apart_count},
+        {"field.count", 1},
+        {"shard", 0},
+        {"lsn.min", 0},
+        {"lsn.max", 0},
+    };
+
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+        if (manifest_set_u64(m, numbers[i].name, numbers[i].value, err) < 0)
+            return -1;
+    if (manifest_set_f64(m, "field.0.alpha", (double)b->params.alpha, err) < 0 ||
+        manifest_set_f64(m, "field.0.distortion", (double)quantiser_distortion(b->quantiser), err) <
+            0 ||
+        manifest_set_bytes(m, "input.sha256", b->input_digest, DIGEST_BYTES, err) < 0 ||
+        manifest_set_bytes(m, "rows.sha256", b->rows->digest, DIGEST_BYTES, err) < 0)
         return -1;
-    return path ? graph_file_write(b->vfs, path, b->graph, key, err) : 0;
+    for (uint32_t i = 0; i < b->layout.tier_count; i++) {
+        char name[32];
+
+        snprintf(name, sizeof name, "field.0.tier.%u", i);
+        if (manifest_set_u64(m, name, b->layout.tier_ends[i], err) < 0)
+            return -1;
+    }
+    return trials_fill(b, m, err);
 }
 
 /* ---- calibration ---- */
@@ -973,49 +720,37 @@ static int write_calibration(struct build *b, const struct walk_calibration *cal
     return rc;
 }
 
-/* Truth by row numbers to truth by positions, a query's own row left out. */
-static void truth_positions(const struct build *b, const struct truth *truth, uint32_t truth_k,
-                            uint32_t *out)
+/* Truth by row numbers to truth by positions, a query's own row left out. places: of rows. */
+static void truth_positions(const struct build *b, const struct truth *truth,
+                            const uint32_t *places, uint32_t truth_k, uint32_t *out)
 {
     for (uint32_t q = 0; q < truth->query_count; q++) {
         const uint32_t *ids = truth->ids + (uint64_t)q * truth->k;
         uint32_t kept = 0;
 
         for (uint32_t i = 0; i < truth->k && kept < truth_k; i++)
-            if (!b->apart || ids[i] != b->apart[q])
-                out[(uint64_t)q * truth_k + kept++] = b->positions[ids[i]];
+            if (!b->apart || places[ids[i]] != b->apart[q])
+                out[(uint64_t)q * truth_k + kept++] = b->positions[places[ids[i]]];
     }
 }
 
-/* Measures on the files as they are to be published. */
-static int build_calibrate(struct build *b, struct error *err)
+/* The queries, and their true neighbours as positions. */
+static int calibrate_truth(struct build *b, float *vectors, uint32_t count, uint32_t truth_k,
+                           uint32_t *hidden, uint32_t *positions, struct error *err)
 {
-    uint32_t count = b->apart ? b->layout.apart_count : b->params.calibrate_count;
-    uint32_t truth_k = b->count - 1 < TRUTH_K ? b->count - 1 : TRUTH_K;
-    uint64_t row_bytes = element_bytes(b->element, b->dim);
-    struct walk_calibration *calibration = NULL;
-    struct segment *segment = NULL;
     struct truth truth = {0};
-    float *vectors = NULL;
-    uint32_t *positions = NULL, *hidden = NULL;
-    uint8_t *row = NULL;
+    uint8_t *raw = malloc(b->shape.raw_bytes);
+    uint32_t *places = NULL;
     int rc = -1;
 
-    if (!count)
-        return 0;
-    calibration = calloc(1, sizeof *calibration);
-    positions = malloc((uint64_t)count * truth_k * sizeof *positions);
-    hidden = malloc(count * sizeof *hidden);
-    row = malloc(row_bytes);
-    vectors = malloc((uint64_t)count * b->dim * sizeof *vectors);
-    if (!calibration || !positions || !hidden || !row || !vectors) {
-        error_set(err, ERR_NOMEM, "no memory for the calibration");
+    if (!raw) {
+        error_set(err, ERR_NOMEM, "no memory for a row");
         goto done;
     }
     for (uint32_t i = 0; i < count && b->apart; i++) {
-        if (vector_source_read(b->source, b->apart[i], 1, row, err) < 0)
+        if (row_store_read_raw(b->row_store, b->apart[i], 1, raw, err) < 0)
             goto done;
-        to_float(row, b->element, b->dim, vectors + (uint64_t)i * b->dim);
+        raw_to_floats(raw, b->shape.element, b->dim, vectors + (uint64_t)i * b->dim);
         hidden[i] = b->positions[b->apart[i]];
     }
     if (!b->apart)
@@ -1023,132 +758,275 @@ static int build_calibrate(struct build *b, struct error *err)
     if (flat_truth(b->source, vectors, count, b->apart ? truth_k + 1 : truth_k, b->params.metric,
                    b->pool, b->job, &truth, err) < 0)
         goto done;
-    truth_positions(b, &truth, truth_k, positions);
+    places = malloc((uint64_t)b->count * sizeof *places);
+    if (!places) {
+        error_set(err, ERR_NOMEM, "no memory for the places of %u rows", b->count);
+        goto done;
+    }
+    for (uint32_t place = 0; place < b->count; place++)
+        places[b->numbers[place]] = place;
+    truth_positions(b, &truth, places, truth_k, positions);
+    rc = 0;
+done:
+    free(places);
+    free(raw);
+    truth_release(&truth);
+    return rc;
+}
+
+/* Measures on the files as they are to be published. Nothing of the order is needed any more once
+ * the truth is known: codes and pages take its memory. */
+static int stage_calibrate(struct build *b, struct error *err)
+{
+    uint32_t count = b->apart ? b->layout.apart_count : b->params.calibrate_count;
+    uint32_t truth_k = b->count - 1 < TRUTH_K ? b->count - 1 : TRUTH_K;
+    struct walk_calibration *calibration = NULL;
+    struct segment *segment = NULL;
+    float *vectors = NULL;
+    uint32_t *positions = NULL, *hidden = NULL;
+    uint64_t memory = b->params.memory_bytes;
+    int rc = -1;
+
+    if (!count || segment_writer_has(b->writer, "f0.calibration"))
+        return 0;
+    calibration = calloc(1, sizeof *calibration);
+    positions = malloc((uint64_t)count * truth_k * sizeof *positions);
+    hidden = malloc(count * sizeof *hidden);
+    vectors = malloc((uint64_t)count * b->dim * sizeof *vectors);
+    if (!calibration || !positions || !hidden || !vectors) {
+        error_set(err, ERR_NOMEM, "no memory for the calibration");
+        goto done;
+    }
+    if (calibrate_truth(b, vectors, count, truth_k, hidden, positions, err) < 0)
+        goto done;
+    free(b->order);
+    free(b->positions);
+    free(b->numbers);
+    b->order = b->positions = b->numbers = NULL;
     const struct calibrate_queries queries = {vectors, count, b->apart ? hidden : NULL, positions,
                                               truth_k};
 
+    if (memory) {
+        uint64_t others = build_plan_process_bytes(b->pool ? pool_workers(b->pool) : 1);
+
+        memory = memory > others ? memory - others : 1;
+    }
     if (segment_writer_preview(b->writer, err) < 0 ||
         segment_open(b->vfs, segment_writer_folder(b->writer), &segment, err) < 0 ||
-        calibrate_field(segment, 0, &queries, b->params.serve_memory_bytes, b->params.memory_bytes,
-                        b->pool, b->job, calibration, err) < 0)
+        calibrate_field(segment, 0, &queries, b->params.serve_memory_bytes, memory, b->pool, b->job,
+                        calibration, err) < 0)
         goto done;
     rc = write_calibration(b, calibration, err);
 done:
     segment_close(segment);
-    truth_release(&truth);
     free(calibration);
     free(positions);
     free(hidden);
-    free(row);
     free(vectors);
     return rc;
 }
 
 /* ---- the whole ---- */
 
-static int build_all(struct build *b, const char *folder, struct error *err)
-{
-    uint8_t id[DIGEST_BYTES];
-    char hex[2 * DIGEST_BYTES + 1], path[FILE_PATH_MAX];
+/* Seconds on four cores of 2.5 GHz, for the forecast of what is left: `fixed`, and so much a
+ * million rows, and a million rows of 128 bytes. Only their ratios matter. */
+static const struct {
+    const char *name;
+    float fixed, rows, bytes;
+} phase_costs[] = {
+    {"inspect", 0, 0, 0.3f},   {"train", 0.1f, 0, 0},      {"train codes", 3.5f, 0, 0},
+    {"sample", 0, 0, 0.1f},    {"page order", 0, 0, 0.3f}, {"assign", 0, 0.5f, 0.6f},
+    {"place", 0, 0, 0.3f},     {"candidates", 0, 15, 15},  {"edges", 0, 6, 6},
+    {"connect", 0, 0.3f, 0},   {"page order", 0, 3, 2},    {"codes", 0, 0.5f, 1},
+    {"pages", 0, 2, 1},        {"originals", 0, 0, 1},     {"rows", 0, 5, 0},
+    {"keys", 0, 0.2f, 0},      {"scan", 0, 0, 1.5f},       {"rank", 0.1f, 0, 0},
+    {"calibrate", 5, 0.5f, 0}, {"publish", 0.2f, 0, 0},
+};
 
-    if (duplicates_refuse(b, err) < 0 || build_read(b, err) < 0 || build_train(b, err) < 0)
+#define PHASES (sizeof phase_costs / sizeof phase_costs[0])
+
+static void job_plan_make(const struct build *b)
+{
+    double rows = b->count / 1e6, bytes = rows * (double)b->shape.raw_bytes / 128;
+    struct job_plan_phase plan[PHASES];
+    uint32_t count = 0;
+
+    for (size_t i = 0; i < PHASES; i++) {
+        const char *name = phase_costs[i].name;
+
+        if ((!strcmp(name, "originals") && (!b->params.keep_originals || b->exact_pages)) ||
+            (!strcmp(name, "rows") && !b->rows->record))
+            continue;
+        plan[count++] = (struct job_plan_phase){name, (double)phase_costs[i].fixed +
+                                                          (double)phase_costs[i].rows * rows +
+                                                          (double)phase_costs[i].bytes * bytes};
+    }
+    job_plan(b->job, plan, count);
+}
+
+/* What the manifest tells of a segment that is about to be published, or was by an earlier run. */
+static int result_fill(struct build *b, const struct manifest *m, struct error *err)
+{
+    struct segment_build_result *r = b->result;
+    uint64_t edges, kind, code_bytes, page_bytes, capacity;
+    double distortion;
+
+    if (manifest_get_u64(m, "field.0.edges", &r->edges_kept, err) < 0 ||
+        manifest_get_u64(m, "field.0.edges_given", &r->edges_given, err) < 0 ||
+        manifest_get_u64(m, "field.0.edges_of_graph", &edges, err) < 0 ||
+        manifest_get_u64(m, "field.0.code_kind", &kind, err) < 0 ||
+        manifest_get_u64(m, "field.0.code_bytes", &code_bytes, err) < 0 ||
+        manifest_get_u64(m, "field.0.page_bytes", &page_bytes, err) < 0 ||
+        manifest_get_u64(m, "field.0.page_capacity", &capacity, err) < 0 ||
+        manifest_get_f64(m, "field.0.distortion", &distortion, err) < 0)
         return -1;
-    if (build_graph(b, err) < 0)
+    r->row_count = b->count;
+    r->code = (enum code_kind)kind;
+    r->code_bytes = (uint32_t)code_bytes;
+    r->store = b->store;
+    r->page_bytes = (uint32_t)page_bytes;
+    r->page_capacity = (uint32_t)capacity;
+    r->distortion = (float)distortion;
+    r->mean_degree = (double)edges / b->count;
+    return 0;
+}
+
+static int result_read(struct build *b, const char *path, struct error *err)
+{
+    struct segment *segment = NULL;
+    int rc;
+
+    if (segment_open(b->vfs, path, &segment, err) < 0)
         return -1;
-    job_phase(b->job, "order", 0);
-    if (page_format_choose(&b->format, b->store, b->params.metric, b->dim, b->params.max_degree,
-                           b->count, !b->rows->text_keys, false, err) < 0 ||
-        build_order(b, err) < 0)
+    rc = result_fill(b, segment_manifest(segment), err);
+    segment_close(segment);
+    return rc;
+}
+
+/* What of the grant is the partition's; it takes no more than it can use. */
+static uint64_t partition_memory(const struct build *b)
+{
+    uint32_t workers = b->pool ? pool_workers(b->pool) : 1;
+    uint64_t full = partition_memory_full(&b->shape, b->count, workers);
+    uint64_t others = build_plan_process_bytes(workers);
+
+    if (!b->params.memory_bytes || b->params.memory_bytes >= full + others)
+        return full;
+    return b->params.memory_bytes - others;
+}
+
+static int build_segment(struct build *b, const char *path, const uint8_t id[DIGEST_BYTES],
+                         struct error *err)
+{
+    char scratch[FILE_PATH_MAX], folder[FILE_PATH_MAX];
+
+    if (stage_train(b, err) < 0 || journal_scratch_path(b->journal, "rows", scratch, err) < 0)
         return -1;
-    if (segment_id_make(b, id, err) < 0)
+    file_path_folder(folder, scratch);
+    if (partition_make(b->vfs, b->source, &b->shape, b->params.seed, partition_memory(b),
+                       b->journal, b->pool, b->job, err) < 0)
         return -1;
-    digest_hex(id, DIGEST_BYTES, hex);
-    snprintf(b->result->name, sizeof b->result->name, "seg-%.16s", hex);
-    if (file_path_join(path, folder, b->result->name, err) < 0 ||
-        segment_writer_open(b->vfs, path, id, b->count, &b->writer, err) < 0)
+    if (row_store_open(b->vfs, folder, &b->shape, b->count, &b->row_store, err) < 0 ||
+        stage_graph(b, err) < 0)
         return -1;
-    if (write_codes(b, err) < 0 || write_quantiser(b, err) < 0 || write_pages(b, err) < 0)
-        return -1;
-    if (b->params.keep_originals && !b->exact_pages && write_originals(b, err) < 0)
-        return -1;
-    if (b->rows->record && write_rows(b, err) < 0)
-        return -1;
-    if (write_keys(b, err) < 0 || manifest_fill(b, err) < 0)
-        return -1;
-    for (uint32_t i = 0; i < b->count; i++)
-        b->result->mean_degree += b->graph->degrees[i];
-    b->result->mean_degree /= b->count;
-    /* Calibration holds pages in memory instead. */
-    graph_free(b->graph);
-    b->graph = NULL;
-    free(b->space_data);
-    b->space_data = NULL;
-    if (build_calibrate(b, err) < 0)
+    if (stage_order(b, err) < 0 || state_done(b, "segment.begun", err) < 0 ||
+        segment_writer_resume(b->vfs, path, id, b->count, &b->writer, err) < 0 ||
+        segment_parts_write(b, err) < 0 || manifest_fill(b, err) < 0 ||
+        stage_calibrate(b, err) < 0 || result_fill(b, segment_writer_manifest(b->writer), err) < 0)
         return -1;
     job_phase(b->job, "publish", 0);
     return segment_writer_publish(b->writer, err);
 }
 
+static int build_all(struct build *b, const char *folder, struct error *err)
+{
+    uint8_t id[DIGEST_BYTES];
+    char hex[2 * DIGEST_BYTES + 1], path[FILE_PATH_MAX];
+
+    if (plan_decide(b, err) < 0 || stage_inspect(b, err) < 0 ||
+        page_format_choose(&b->format, b->store, b->params.metric, b->dim, b->params.max_degree,
+                           b->count, !b->rows->text_keys, false, err) < 0 ||
+        segment_id_make(b, id, err) < 0)
+        return -1;
+    digest_hex(id, DIGEST_BYTES, hex);
+    snprintf(b->result->name, sizeof b->result->name, "seg-%.16s", hex);
+    if (file_path_join(path, folder, b->result->name, err) < 0)
+        return -1;
+    if (!file_exists(b->vfs, path))
+        return build_segment(b, path, id, err);
+    /* By an earlier run of this journal, or by somebody else. */
+    if (!state_has(b, "segment.begun"))
+        return error_set(err, ERR_EXISTS, "%s is there already", path);
+    return result_read(b, path, err);
+}
+
+static int own_journal(struct vfs *vfs, const char *folder, struct journal **out, char *path,
+                       struct error *err)
+{
+    struct manifest *asked = manifest_new(MANIFEST_JOB);
+    int rc;
+
+    if (!asked)
+        return error_set(err, ERR_NOMEM, "no memory for a journal");
+    rc = file_path_join(path, folder, "build", err);
+    if (rc == 0)
+        rc = file_remove_all(vfs, path, err);
+    if (rc == 0)
+        rc = journal_create(vfs, path, asked, out, err);
+    manifest_free(asked);
+    return rc;
+}
+
 int segment_build(struct vfs *vfs, const char *folder, const struct vector_source *source,
                   const struct segment_build_rows *rows, const struct segment_build_params *params,
-                  struct pool *pool, struct job *job, struct segment_build_result *result,
-                  struct error *err)
+                  struct journal *journal, struct pool *pool, struct job *job,
+                  struct segment_build_result *result, struct error *err)
 {
     struct build b = {.vfs = vfs,
                       .source = source,
                       .rows = rows,
                       .params = *params,
+                      .journal = journal,
                       .pool = pool,
                       .job = job,
                       .result = result};
-    uint64_t needed;
-    char *sum = NULL;
+    char own_path[FILE_PATH_MAX];
     int rc = -1;
 
     memset(result, 0, sizeof *result);
-    if (params_check(source, &b.params, err) < 0 ||
-        segment_build_plan(source, params, pool_workers(pool), &needed, &sum, err) < 0)
-        goto done;
-    if (params->memory_bytes && needed > params->memory_bytes) {
-        error_set(err, ERR_BUDGET,
-                  "building %s needs %.1f MiB of memory (%s), --memory grants %.1f MiB",
-                  vector_source_name(source), (double)needed / (1 << 20), sum,
-                  (double)params->memory_bytes / (1 << 20));
-        error_remedy(err, "grant more memory, or lower --max-degree (now %u)", params->max_degree);
-        goto done;
-    }
+    if (segment_build_params_check(source, &b.params, err) < 0)
+        return -1;
+    if (!journal && own_journal(vfs, folder, &b.journal, own_path, err) < 0)
+        return -1;
     b.count = (uint32_t)vector_source_rows(source);
     b.dim = vector_source_dim(source);
-    b.element = vector_source_type(source);
     b.store = (enum vector_store)b.params.store;
-    b.normalised = b.params.metric == METRIC_COSINE && is_float(b.element);
-    b.exact_pages = !is_float(b.element) || (b.store == STORE_F32 && !b.normalised);
-    space_shape(b.params.metric, b.element, b.dim, &b.space.type, &b.space.dim);
-    b.space.row_bytes = element_bytes(b.space.type, b.space.dim);
-    b.space.count = b.count;
+    row_shape_init(&b.shape, b.params.metric, vector_source_type(source), b.dim);
+    b.normalised = b.params.metric == METRIC_COSINE && is_float(b.shape.element);
+    b.exact_pages = !is_float(b.shape.element) || (b.store == STORE_F32 && !b.normalised);
+    job_plan_make(&b);
     if (build_all(&b, folder, err) < 0)
         goto done;
-    result->row_count = b.count;
-    result->code = quantiser_kind(b.quantiser);
-    result->code_bytes = quantiser_code_bytes(b.quantiser);
-    result->store = b.store;
-    result->page_bytes = b.format.page_bytes;
-    result->page_capacity = b.format.capacity;
-    result->distortion = quantiser_distortion(b.quantiser);
     job_finish(job);
     rc = 0;
 done:
-    free(sum);
-    segment_writer_close(b.writer);
+    segment_writer_close(b.writer); /* keeps what a later run can go on with */
     quantiser_free(b.quantiser);
-    cells_builder_free(b.cells);
-    neighbour_lists_release(&b.lists);
+    graph_store_close(b.graph);
+    row_store_close(b.row_store);
     free(b.apart);
-    graph_free(b.graph);
-    free(b.space_data);
-    free(b.raw);
-    free(b.norms);
     free(b.order);
     free(b.positions);
+    free(b.numbers);
+    if (!journal) {
+        char aside[FILE_PATH_MAX];
+
+        journal_close(b.journal);
+        file_remove_all(vfs, own_path, NULL);
+        if (rc < 0 && result->name[0] && file_path_join(aside, folder, result->name, NULL) == 0) {
+            strcat(aside, ".tmp");
+            file_remove_all(vfs, aside, NULL);
+        }
+    }
     return rc;
 }

@@ -1,11 +1,13 @@
 /* segment_build: vectors, keys and attributes become one published segment.
  *
- * Phases: read (checked, digested, into the space the graph is built in), train (quantiser), graph
- * (vamana.h), order (page_layout.h), codes and cells, pages, originals, rows, keys, calibration
- * (calibrate.h, on the files as they are to be published). The input is streamed in
- * blocks; what stays in memory is summed up by segment_build_plan() and refused up front when it
- * exceeds the grant. The bytes depend on input, parameters and seed alone, never on the number of
- * threads, the clock, or where things are. */
+ * Stages: train the quantiser on a sample; put the rows in space order (partition.h); make the
+ * graph (leaf_graph.h, or vamana.h by insertion); order rows into pages (page_layout.h); write the
+ * sections; calibrate (calibrate.h, on the files as they are to be published); publish. Between
+ * stages everything stands in the scratch folder of a journal, which says what is done: a build
+ * stopped at any moment goes on from there. What is held in memory is known before
+ * (build_plan.h) and refused up front where it exceeds the grant. The bytes depend on input,
+ * parameters and seed, and on memory only where the page order has to be cut into windows; never
+ * on the number of threads, the clock, where things are, or interruptions. */
 #ifndef ANND_INDEX_SEGMENT_BUILD_H
 #define ANND_INDEX_SEGMENT_BUILD_H
 
@@ -21,6 +23,13 @@
 #include "storage/base/digest.h"
 #include "storage/base/job.h"
 #include "storage/base/pool.h"
+#include "storage/journal.h"
+
+enum graph_builder {
+    GRAPH_BUILDER_AUTO,  /* batch, but insert for fewer rows than leaves are worth */
+    GRAPH_BUILDER_BATCH, /* leaf_graph.h */
+    GRAPH_BUILDER_INSERT /* vamana.h: the reference; all rows and the graph in memory */
+};
 
 struct segment_build_params {
     enum metric metric;
@@ -33,10 +42,10 @@ struct segment_build_params {
     float alpha;
     uint64_t seed;
     bool keep_originals;
-    uint64_t memory_bytes;          /* for the whole build; 0: no limit */
-    uint64_t serve_memory_bytes;    /* what it will be searched with: one hot tier fits what that
-                                     * leaves beside the codes; 0: tiers of 5, 10, 20 and 40 % */
-    const char *graph_path;         /* graph_file.h: read when it fits, else written; NULL: none */
+    uint64_t memory_bytes;       /* for the whole build; 0: no limit */
+    uint64_t serve_memory_bytes; /* what it will be searched with: one hot tier fits what that
+                                  * leaves beside the codes; 0: tiers of 5, 10, 20 and 40 % */
+    enum graph_builder builder;
     const float *calibrate_vectors; /* calibrate_count x dim, the user's queries; or NULL */
     uint32_t calibrate_count;
 };
@@ -68,17 +77,19 @@ struct segment_build_result {
     char name[64]; /* of the segment's directory: "seg-" and the first 16 hex digits of its id */
 };
 
-/* Memory the build needs, by holder, for messages: malloc'ed text in *sum (may be NULL). */
-int segment_build_plan(const struct vector_source *source,
-                       const struct segment_build_params *params, uint32_t workers, uint64_t *bytes,
-                       char **sum, struct error *err);
+/* Fills the defaults of `params` in. ERR_INVALID, ERR_UNSUPPORTED for what cannot be built. */
+int segment_build_params_check(const struct vector_source *source,
+                               struct segment_build_params *params, struct error *err);
 
-/* Builds `folder`/<result->name>. ERR_INVALID: NaN or infinity (row and dimension named), duplicate
- * keys (both rows named), fewer than 256 rows; ERR_BUDGET; ERR_CANCELLED; ERR_NO_SPACE; ... Nothing
- * is left in `folder` on failure. */
+/* Builds `folder`/<result->name>, or goes on with it. journal: the folder's; NULL: one of its own
+ * is made in `folder` and removed again, whatever happens. ERR_INVALID: NaN or infinity (row and
+ * dimension named), duplicate keys (both rows named), fewer than 256 rows; ERR_BUDGET;
+ * ERR_CANCELLED; ERR_NO_SPACE;
+ * ... Nothing but the journal and the segment's own "<name>.tmp" is left in `folder` on failure,
+ * and without a journal nothing at all. */
 int segment_build(struct vfs *vfs, const char *folder, const struct vector_source *source,
                   const struct segment_build_rows *rows, const struct segment_build_params *params,
-                  struct pool *pool, struct job *job, struct segment_build_result *result,
-                  struct error *err);
+                  struct journal *journal, struct pool *pool, struct job *job,
+                  struct segment_build_result *result, struct error *err);
 
 #endif

@@ -231,3 +231,23 @@ def shared_data():
     if not shutil.which("zstd"):
         pytest.skip("skipped, no data: zstd is missing")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many bytes."""
+    mounted = []
+
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        if os.getuid() != 0 or subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "annd-test", folder],
+                capture_output=True, check=False).returncode != 0:
+            pytest.skip("skipped, only root may mount a small disk")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=False)

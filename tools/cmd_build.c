@@ -1,38 +1,16 @@
 /* annd build: a vector file becomes an index directory.
  *
- * Everything is made in OUTPUT.tmp and renamed at the end: OUTPUT is whole or absent. */
+ * OUTPUT is made at once, with the record of what was asked; until its MANIFEST is there it is an
+ * unfinished build, which annd resume goes on with and annd discard removes. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#include "index/index_directory.h"
-#include "index/segment_build.h"
 #include "storage/file.h"
+#include "tools/build_record.h"
+#include "tools/build_run.h"
 #include "tools/commands.h"
-#include "tools/field_facts.h"
 #include "tools/progress.h"
-#include "tools/queries.h"
-#include "tools/row_input.h"
-
-static int store_of(const char *name)
-{
-    return !strcmp(name, "f32")    ? STORE_F32
-           : !strcmp(name, "f16")  ? STORE_F16
-           : !strcmp(name, "8bit") ? STORE_SQ8
-                                   : 0;
-}
-
-static enum code_choice choice_of(const char *name)
-{
-    return !strcmp(name, "yes") ? CHOICE_YES : !strcmp(name, "no") ? CHOICE_NO : CHOICE_AUTO;
-}
-
-/* Memory of the machine, less a tenth for the rest of it. */
-static uint64_t memory_default(void)
-{
-    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / 10 * 9;
-}
 
 /* What the files will take, for a refusal before the work rather than after it. */
 static int space_check(const char *folder, const struct vector_source *source, bool originals,
@@ -48,229 +26,55 @@ static int space_check(const char *folder, const struct vector_source *source, b
     return -1;
 }
 
-static void print_result(const char *output, const struct segment_build_result *r, uint32_t dim,
-                         enum element_type element, enum metric metric)
+/* Says what is in the way at the output's place. */
+static int refuse_existing(const char *folder, struct error *err)
 {
-    printf(
-        "%s: %llu rows of %u %s, %s, graph degree %.1f, %s codes of %u bytes, stored as %s, %u a "
-        "page of %u bytes\n",
-        output, (unsigned long long)r->row_count, dim, element_name(element), metric_name(metric),
-        r->mean_degree, code_kind_name(r->code), r->code_bytes, store_name(r->store),
-        r->page_capacity, r->page_bytes);
-    printf("  edges kept on pages: %.1f a row of %.1f that leave their page\n",
-           (double)r->edges_kept / (double)r->row_count,
-           (double)r->edges_given / (double)r->row_count);
-    if (r->zero_vectors)
-        printf("  %llu zero vectors%s\n", (unsigned long long)r->zero_vectors,
-               metric == METRIC_COSINE ? " (their cosine similarity is 0 with everything)" : "");
-}
+    struct journal *journal = NULL;
+    struct error open_err = ERROR_INIT;
 
-/* A curve as one line: what was reached for the usual targets, and at how many reads. */
-static void print_curve(const struct walk_curve *curve)
-{
-    static const float usual[] = {0.9f, 0.95f, 0.99f, 0.995f};
-
-    if (curve->resident_share > 0)
-        printf("    k %u, %.3g %% of the pages in memory:", curve->k,
-               100 * (double)curve->resident_share);
-    else
-        printf("    k %u:", curve->k);
-    for (uint32_t i = 0, shown = 0; i < curve->point_count; i++) {
-        const struct walk_point *point = &curve->points[i];
-
-        for (size_t u = 0; u < sizeof usual / sizeof usual[0]; u++)
-            if (point->recall == usual[u])
-                printf("%s %.4g -> %.4f at %.1f reads", shown++ ? "," : "", (double)point->recall,
-                       (double)point->reached, (double)point->reads);
-    }
-    printf("\n");
-}
-
-static void print_facts(const struct field_facts *facts, uint64_t row_count)
-{
-    if (facts->trial_count)
-        printf("  codes tried, on a sample:\n");
-    for (uint32_t i = 0; i < facts->trial_count; i++)
-        printf("    %s\n", facts->trials[i]);
-    if (facts->tier_count) {
-        printf("  pages of the rows that are asked for most come first, in tiers that end at");
-        for (uint32_t i = 0; i < facts->tier_count; i++)
-            printf("%s %.3g", i ? "," : "", 100 * (double)facts->tier_rows[i] / (double)row_count);
-        printf(" %% of the rows\n");
-    }
-    if (!facts->calibration || !facts->calibration->curve_count) {
-        printf("  no calibration: --recall goes by a rule of thumb\n");
-        return;
-    }
-    printf("  recall reached for each target, with %u %s:\n", facts->calibration->query_count,
-           facts->calibration->own_queries ? "queries of yours"
-                                           : "rows that the layout did not know");
-    for (uint32_t i = 0; i < facts->calibration->curve_count; i++)
-        if (facts->calibration->curves[i].k == 10 &&
-            facts->calibration->curves[i].resident_share < 1)
-            print_curve(&facts->calibration->curves[i]);
-    printf("    annd inspect shows all that was measured\n");
-}
-
-/* What the segment tells of itself, before it is published. */
-static int facts_of(const char *folder, const char *name, struct segment **segment,
-                    struct field_facts *facts, struct error *err)
-{
-    char path[FILE_PATH_MAX];
-
-    if (file_path_join(path, folder, name, err) < 0 ||
-        segment_open(vfs_posix(), path, segment, err) < 0)
+    if (!journal_exists(vfs_posix(), folder)) {
+        error_set(err, ERR_EXISTS, "%s is there already", folder);
+        error_remedy(err, "choose another --output, or remove it first");
         return -1;
-    return field_facts_read(*segment, 0, facts, err);
-}
-
-static int build_into(const struct arguments *arguments, const char *folder,
-                      const struct vector_source *source, struct segment_build_params *params,
-                      struct pool *pool, struct job *job, struct segment_build_result *result,
-                      struct error *err)
-{
-    const struct row_input_files files = {
-        option_text(arguments, "keys"), option_text(arguments, "attributes"),
-        option_text(arguments, "schema"), option_text(arguments, "key-field"),
-        option_text(arguments, "vector-field")};
-    struct row_input rows = {0};
-    int rc = -1;
-
-    if (row_input_open(&files, vector_source_rows(source), vector_source_dim(source),
-                       vector_source_type(source), folder, job, &rows, err) < 0)
-        goto done;
-    if (params->memory_bytes <= rows.memory_bytes) {
-        error_set(err, ERR_BUDGET, "keys and attributes take %llu MiB, --memory grants %llu MiB",
-                  (unsigned long long)rows.memory_bytes >> 20,
-                  (unsigned long long)params->memory_bytes >> 20);
-        goto done;
     }
-    params->memory_bytes -= rows.memory_bytes;
-    if (segment_build(vfs_posix(), folder, source, &rows.rows, params, pool, job, result, err) < 0)
-        goto done;
-    const char *name = result->name;
-
-    rc = index_directory_publish(vfs_posix(), folder, rows.schema, &name, 1, err);
-done:
-    row_input_release(&rows);
-    return rc;
-}
-
-/* The user's own queries to calibrate with; they are part of what the build holds in memory. */
-static int calibrate_read(const char *path, const struct vector_source *source,
-                          struct queries *queries, struct segment_build_params *params,
-                          struct error *err)
-{
-    if (queries_read(path, 0, queries, err) < 0)
-        return -1;
-    if (queries->dim != vector_source_dim(source))
-        return error_set(err, ERR_INVALID, "%s has %u dimensions, %s has %u", path, queries->dim,
-                         vector_source_name(source), vector_source_dim(source));
-    uint64_t bytes = (uint64_t)queries->count * queries->dim * sizeof *queries->vectors;
-
-    if (params->memory_bytes <= bytes)
-        return error_set(
-            err, ERR_BUDGET, "the queries of %s take %llu MiB, --memory grants %llu MiB", path,
-            (unsigned long long)bytes >> 20, (unsigned long long)params->memory_bytes >> 20);
-    params->memory_bytes -= bytes;
-    params->calibrate_vectors = queries->vectors;
-    params->calibrate_count = queries->count;
-    return 0;
+    if (journal_open(vfs_posix(), folder, &journal, &open_err) < 0 && open_err.code == ERR_BUSY)
+        return error_set(err, ERR_BUSY, "%s is being built by another process", folder);
+    journal_close(journal);
+    error_set(err, ERR_EXISTS, "%s holds an unfinished build", folder);
+    error_remedy(err, "annd resume %s goes on with it, annd discard %s removes it", folder, folder);
+    return -1;
 }
 
 static int run(const struct arguments *arguments, struct error *err)
 {
-    const char *input = arguments->positional[0], *output = option_text(arguments, "output");
-    const char *query_path = option_text(arguments, "calibrate");
-    char clean[FILE_PATH_MAX], folder[FILE_PATH_MAX], parent[FILE_PATH_MAX];
-    struct segment_build_params params = {.alpha = 1.2f, .keep_originals = true};
-    struct segment_build_result result;
-    struct vector_source *source = NULL;
-    struct queries queries = {0};
-    struct segment *segment = NULL;
-    struct field_facts facts = {0};
-    struct pool *pool = NULL;
-    struct job *job = NULL;
-    bool made = false;
+    const char *output = option_text(arguments, "output");
+    struct build_run run = {.asked = arguments};
+    struct manifest *record = NULL;
+    char parent[FILE_PATH_MAX];
     int rc = -1;
 
     if (!output) {
         fprintf(stderr, "annd: annd build needs --output DIR\n");
         return EXIT_USAGE;
     }
-    if (snprintf(clean, sizeof clean, "%s", output) >= (int)sizeof clean - 8)
-        return error_set(err, ERR_INVALID, "the path of --output is too long");
-    for (size_t n = strlen(clean); n > 1 && clean[n - 1] == '/'; n--)
-        clean[n - 1] = 0;
-    snprintf(folder, sizeof folder, "%.4080s.tmp", clean);
-    file_path_folder(parent, clean);
-    if (file_exists(vfs_posix(), clean)) {
-        error_set(err, ERR_EXISTS, "%s is there already", clean);
-        error_remedy(err, "choose another --output, or remove it first");
+    if (build_run_folder(&run, output, err) < 0)
         return -1;
-    }
-    params.store = (uint32_t)store_of(option_text(arguments, "store"));
-    params.code_bytes = option_u32(arguments, "code-bytes");
-    params.max_degree = option_u32(arguments, "max-degree");
-    params.build_list = option_u32(arguments, "build-list");
-    params.seed = option_u64(arguments, "seed");
-    params.keep_originals = !option_flag(arguments, "no-originals");
-    params.own_distortion = choice_of(option_text(arguments, "own-distortion"));
-    params.serve_memory_bytes = option_u64(arguments, "serve-memory");
-    params.graph_path = option_text(arguments, "graph");
-    params.memory_bytes = option_u64(arguments, "memory");
-    if (!params.memory_bytes)
-        params.memory_bytes = memory_default();
-    if (metric_parse(option_text(arguments, "metric"), &params.metric, err) < 0 ||
-        code_kind_parse(option_text(arguments, "code"), &params.code, err) < 0 ||
-        vector_source_open(vfs_posix(), input, &source, err) < 0 ||
-        pool_new(option_u32(arguments, "threads"), &pool, err) < 0 ||
-        (query_path && calibrate_read(query_path, source, &queries, &params, err) < 0))
-        goto done;
-
+    file_path_folder(parent, run.folder);
+    if (!journal_may_create(vfs_posix(), run.folder))
+        return refuse_existing(run.folder, err);
     /* Refusals that need no work come first. */
-    uint64_t needed;
-    char *sum = NULL;
-
-    if (segment_build_plan(source, &params, pool_workers(pool), &needed, &sum, err) < 0)
+    if (build_run_prepare(&run, option_u32(arguments, "threads"), option_u64(arguments, "memory"),
+                          err) < 0 ||
+        space_check(parent, run.source, run.params.keep_originals, err) < 0 ||
+        build_record_make(arguments, run.memory_bytes, &record, err) < 0)
         goto done;
-    if (needed > params.memory_bytes) {
-        error_set(err, ERR_BUDGET,
-                  "building %s needs %llu MiB of memory (%s); --memory grants %llu MiB", input,
-                  (unsigned long long)needed >> 20, sum,
-                  (unsigned long long)params.memory_bytes >> 20);
-        error_remedy(err, "grant more, or lower --max-degree (now %u)", params.max_degree);
-        free(sum);
+    run.job = progress_job(arguments, err);
+    if (!run.job || journal_create(vfs_posix(), run.folder, record, &run.journal, err) < 0)
         goto done;
-    }
-    free(sum);
-    if (space_check(parent, source, params.keep_originals, err) < 0)
-        goto done;
-    job = progress_job(arguments, err);
-    if (!job || file_remove_all(vfs_posix(), folder, err) < 0 ||
-        file_mkdir(vfs_posix(), folder, err) < 0)
-        goto done;
-    made = true;
-    if (build_into(arguments, folder, source, &params, pool, job, &result, err) < 0 ||
-        facts_of(folder, result.name, &segment, &facts, err) < 0 ||
-        file_dirsync(vfs_posix(), folder, err) < 0 ||
-        file_rename(vfs_posix(), folder, clean, err) < 0 ||
-        file_dirsync(vfs_posix(), parent, err) < 0)
-        goto done;
-    made = false;
-    print_result(clean, &result, vector_source_dim(source), vector_source_type(source),
-                 params.metric);
-    print_facts(&facts, result.row_count);
-    rc = 0;
+    rc = build_run_work(&run, true, err);
 done:
-    progress_end(job);
-    field_facts_release(&facts);
-    segment_close(segment);
-    queries_release(&queries);
-    if (made)
-        file_remove_all(vfs_posix(), folder, NULL);
-    vector_source_close(source);
-    pool_free(pool);
+    manifest_free(record);
+    build_run_release(&run);
     return rc;
 }
 
@@ -302,8 +106,8 @@ static const struct option options[] = {
      1, UINT64_MAX},
     {"calibrate", OPTION_TEXT, "FILE", NULL, NULL,
      "queries like those to come, to measure what --recall takes; by default rows are used", 0, 0},
-    {"graph", OPTION_TEXT, "FILE", NULL, NULL,
-     "take the graph from FILE if it is there and fits, else make it and keep it there", 0, 0},
+    {"builder", OPTION_TEXT, "WHICH", "auto", "auto|batch|insert",
+     "how the graph's candidates are found: all pairs in batches, or by search", 0, 0},
     {"memory", OPTION_SIZE, "SIZE", NULL, NULL,
      "bound of the build, by default 90 % of the machine", 1, UINT64_MAX},
     {"threads", OPTION_NUMBER, "N", NULL, NULL, "worker threads, by default all cores", 1, 1024},

@@ -11,8 +11,9 @@
 #include "tools/commands.h"
 
 static const struct command *const commands[] = {
-    &command_generate, &command_build, &command_truth,  &command_search, &command_bench,
-    &command_inspect,  &command_check, &command_attach, &command_serve,
+    &command_generate, &command_build,  &command_resume,  &command_discard,
+    &command_truth,    &command_search, &command_bench,  &command_inspect, &command_check,
+    &command_attach,   &command_serve,
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof commands[0])
@@ -25,7 +26,8 @@ static void print_usage(FILE *out)
         fprintf(out, "  %-10s %s\n", commands[i]->name, commands[i]->summary);
     fprintf(out, "\nannd VERB --help shows a verb's options; annd --version the version.\n"
                  "exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 damage found, 5 refused "
-                 "(memory, disk),\n  6 server not reachable, 9 busy, 75 interrupted\n");
+                 "(memory, disk),\n  6 server not reachable, 9 busy, 75 interrupted (annd resume "
+                 "goes on)\n");
 }
 
 static int exit_code_of(enum error_code code)

@@ -1,4 +1,5 @@
-/* The report function runs on whichever worker advances; job.h keeps calls apart. */
+/* The report function runs on whichever worker advances; job.h keeps calls apart. The journal and
+ * the limit are set by the owner while no worker runs. */
 #include "tools/progress.h"
 
 #include <signal.h>
@@ -9,13 +10,17 @@
 
 #define BAR_CELLS 24
 #define LINE_SECONDS 10.0
+#define STATUS_SECONDS 1.0
+#define JSON_BYTES_MAX 1024u
 
 enum form { FORM_BAR, FORM_LINES, FORM_JSON, FORM_OFF };
 
 static struct job *volatile current_job;
 static volatile sig_atomic_t interrupted;
 static enum form form;
-static double last_line;
+static double last_line, last_status;
+static uint64_t memory_limit;
+static struct journal *journal;
 
 static void on_signal(int number)
 {
@@ -39,27 +44,102 @@ static void print_eta(char *out, size_t bytes, double seconds)
         snprintf(out, bytes, "%.1f h", seconds / 3600);
 }
 
+/* What the process holds in memory, as the kernel counts it; 0: not known. */
+static uint64_t memory_now(void)
+{
+    unsigned long long pages = 0;
+    FILE *file = fopen("/proc/self/statm", "re");
+
+    if (file) {
+        if (fscanf(file, "%*u %llu", &pages) != 1)
+            pages = 0;
+        fclose(file);
+    }
+    return pages * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* "512 of 2048 MiB" */
+static void print_memory(char *out, size_t bytes)
+{
+    uint64_t now = memory_now();
+
+    if (memory_limit)
+        snprintf(out, bytes, "%llu of %llu MiB", (unsigned long long)now >> 20,
+                 (unsigned long long)memory_limit >> 20);
+    else
+        snprintf(out, bytes, "%llu MiB", (unsigned long long)now >> 20);
+}
+
 static void show_bar(const struct job_progress *p, const char *eta)
 {
-    char cells[BAR_CELLS + 1];
-    int filled = p->total ? (int)(BAR_CELLS * p->done / p->total) : 0;
+    char cells[BAR_CELLS + 1], memory[64];
+    int filled = p->total ? (int)(BAR_CELLS * (double)p->done / (double)p->total) : 0;
 
     filled = filled > BAR_CELLS ? BAR_CELLS : filled;
     memset(cells, '-', BAR_CELLS);
     memset(cells, '#', (size_t)filled);
     cells[BAR_CELLS] = 0;
-    if (p->total)
-        fprintf(stderr, "\r  %-10s [%s] %5.1f %%  %.0f/s  left %s\033[K", p->phase, cells,
-                100.0 * (double)p->done / (double)p->total, p->rate, eta);
-    else
-        fprintf(stderr, "\r  %-10s ...\033[K", p->phase);
+    print_memory(memory, sizeof memory);
     if (p->phase_end)
-        fprintf(stderr, "\r  %-10s done, %.1f s so far\033[K\n", p->phase, p->elapsed_seconds);
+        fprintf(stderr, "\r  %-18s done, %.1f s so far, %s\033[K\n", p->phase, p->elapsed_seconds,
+                memory);
+    else if (p->total)
+        fprintf(stderr, "\r  %-18s [%s] %5.1f %%  %.0f/s  left %s  %s\033[K", p->phase, cells,
+                100.0 * (double)p->done / (double)p->total, p->rate, eta, memory);
+    else
+        fprintf(stderr, "\r  %-18s ...  %s\033[K", p->phase, memory);
+}
+
+static void show_line(const struct job_progress *p, const char *eta)
+{
+    char memory[64], number[32] = "";
+
+    print_memory(memory, sizeof memory);
+    if (p->phases && p->phase_number <= p->phases)
+        snprintf(number, sizeof number, " (%u of %u)", p->phase_number, p->phases);
+    if (p->total)
+        fprintf(stderr, "annd: %s%s %llu of %llu, %.0f/s, left %s, %.0f s so far, memory %s\n",
+                p->phase, number, (unsigned long long)p->done, (unsigned long long)p->total,
+                p->rate, eta, p->elapsed_seconds, memory);
+    else
+        fprintf(stderr, "annd: %s%s, %.0f s so far, memory %s\n", p->phase, number,
+                p->elapsed_seconds, memory);
+}
+
+/* ,"name":value, or null when it is negative, which stands for unknown */
+static size_t print_known(char *out, size_t bytes, const char *name, double value)
+{
+    int n = value < 0 ? snprintf(out, bytes, ",\"%s\":null", name)
+                      : snprintf(out, bytes, ",\"%s\":%.1f", name, value);
+
+    return n < 0 || (size_t)n >= bytes ? 0 : (size_t)n;
+}
+
+static void print_json(char *out, size_t bytes, const struct job_progress *p)
+{
+    size_t n = (size_t)snprintf(
+        out, bytes, "{\"phase\":\"%.64s\",\"phase_number\":%u,\"done\":%llu,\"total\":%llu",
+        p->phase, p->phase_number, (unsigned long long)p->done, (unsigned long long)p->total);
+
+    n += p->phases ? (size_t)snprintf(out + n, bytes - n, ",\"phases\":%u", p->phases)
+                   : (size_t)snprintf(out + n, bytes - n, ",\"phases\":null");
+    n += print_known(out + n, bytes - n, "rate", p->rate);
+    n += print_known(out + n, bytes - n, "eta_seconds", p->eta_seconds);
+    n += print_known(out + n, bytes - n, "eta_total_seconds", p->eta_total_seconds);
+    n += print_known(out + n, bytes - n, "elapsed_seconds", p->elapsed_seconds);
+    n += (size_t)snprintf(out + n, bytes - n, ",\"memory_bytes\":%llu",
+                          (unsigned long long)memory_now());
+    n += memory_limit ? (size_t)snprintf(out + n, bytes - n, ",\"memory_limit_bytes\":%llu",
+                                         (unsigned long long)memory_limit)
+                      : (size_t)snprintf(out + n, bytes - n, ",\"memory_limit_bytes\":null");
+    n += print_known(out + n, bytes - n, "checkpoint_age_seconds",
+                     journal ? journal_commit_age(journal) : -1);
+    snprintf(out + n, bytes - n, ",\"phase_end\":%s}\n", p->phase_end ? "true" : "false");
 }
 
 static void show(void *context, const struct job_progress *p)
 {
-    char eta[32];
+    char eta[32], json[JSON_BYTES_MAX];
 
     (void)context;
     print_eta(eta, sizeof eta, p->eta_seconds);
@@ -70,25 +150,21 @@ static void show(void *context, const struct job_progress *p)
     case FORM_LINES:
         /* Nothing for jobs of a few seconds. */
         if (p->elapsed_seconds - last_line >= LINE_SECONDS) {
-            if (p->total)
-                fprintf(stderr, "annd: %s %llu of %llu, %.0f/s, left %s, %.0f s so far\n", p->phase,
-                        (unsigned long long)p->done, (unsigned long long)p->total, p->rate, eta,
-                        p->elapsed_seconds);
-            else
-                fprintf(stderr, "annd: %s, %.0f s so far\n", p->phase, p->elapsed_seconds);
+            show_line(p, eta);
             last_line = p->elapsed_seconds;
         }
         break;
     case FORM_JSON:
-        fprintf(stderr,
-                "{\"phase\":\"%s\",\"phase_number\":%u,\"done\":%llu,\"total\":%llu,\"rate\":%.1f,"
-                "\"eta_seconds\":%.1f,\"elapsed_seconds\":%.1f,\"phase_end\":%s}\n",
-                p->phase, p->phase_number, (unsigned long long)p->done,
-                (unsigned long long)p->total, p->rate, p->eta_seconds, p->elapsed_seconds,
-                p->phase_end ? "true" : "false");
+        print_json(json, sizeof json, p);
+        fputs(json, stderr);
         break;
     case FORM_OFF:
         break;
+    }
+    if (journal && p->elapsed_seconds - last_status >= STATUS_SECONDS) {
+        print_json(json, sizeof json, p);
+        journal_status(journal, json);
+        last_status = p->elapsed_seconds;
     }
 }
 
@@ -106,6 +182,9 @@ struct job *progress_job(const struct arguments *arguments, struct error *err)
                : !strcmp(text, "json")  ? FORM_JSON
                                         : FORM_OFF;
     last_line = 0;
+    last_status = -STATUS_SECONDS; /* the first report is written */
+    memory_limit = 0;
+    journal = NULL;
     job = job_new(show, NULL);
     if (!job) {
         error_set(err, ERR_NOMEM, "no memory for a job");
@@ -118,8 +197,19 @@ struct job *progress_job(const struct arguments *arguments, struct error *err)
     return job;
 }
 
+void progress_memory_limit(uint64_t bytes)
+{
+    memory_limit = bytes;
+}
+
+void progress_journal(struct journal *to)
+{
+    journal = to;
+}
+
 void progress_end(struct job *job)
 {
+    journal = NULL;
     if (!job)
         return;
     signal(SIGINT, SIG_DFL);

@@ -177,7 +177,8 @@ static void build_to_memory(void)
         fail_msg("%s", err.message);
     rows.schema = schema;
     rows.context = schema;
-    if (segment_build(vfs_posix(), folder, source, &rows, &params, NULL, NULL, &result, &err) < 0)
+    if (segment_build(vfs_posix(), folder, source, &rows, &params, NULL, NULL, NULL, &result,
+                      &err) < 0)
         fail_msg("%s", err.message);
     segment_name = result.name;
     if (index_directory_publish(vfs_posix(), folder, schema, &segment_name, 1, &err) < 0 ||

@@ -481,8 +481,9 @@ static void test_a_wanted_recall_is_reached_with_any_share_resident(void **state
                     assert_int_equal(out.tasks[q].hit_count, out.k);
                     reads += out.tasks[q].stats.reads;
                 }
-                /* Two percent for chance: the queries are not those it was calibrated with. */
-                if (reached < targets[t] - 0.02)
+                /* Some for chance: the queries are not the 160 rows it was calibrated with, and
+                 * whether the nearest of all was found is yes or no, twice 2 % uncertain. */
+                if (reached < targets[t] - (ks[n] == 1 ? 0.05 : 0.02))
                     fail_msg("k %u, %llu of %llu pages resident: recall %.4f, wanted %.2f", out.k,
                              (unsigned long long)out.resident_page_count,
                              (unsigned long long)out.page_count, reached, targets[t]);

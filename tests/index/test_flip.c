@@ -291,8 +291,8 @@ static void make_with_text_keys(const struct small_options *o, struct small_inde
     rows.schema = schema;
     rows.context = schema;
     rows.text_keys = (const char *const *)keys;
-    if (segment_build(vfs_posix(), small->path, source, &rows, &o->params, pool, NULL, &result,
-                      &err) < 0)
+    if (segment_build(vfs_posix(), small->path, source, &rows, &o->params, NULL, pool, NULL,
+                      &result, &err) < 0)
         fail_msg("%s", err.message);
     const char *name = result.name;
 

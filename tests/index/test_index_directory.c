@@ -224,8 +224,8 @@ static void two_make(struct two *two)
             keys[i] = 1000000 * (int64_t)(s + 1) + i;
         if (vector_source_open_memory(two->rows + (size_t)s * HALF * DIM, ELEMENT_F32, HALF, DIM,
                                       "half", &source, &err) < 0 ||
-            segment_build(vfs_posix(), two->folder, source, &rows, &options.params, pool, NULL,
-                          &result, &err) < 0)
+            segment_build(vfs_posix(), two->folder, source, &rows, &options.params, NULL, pool,
+                          NULL, &result, &err) < 0)
             fail_msg("%s", err.message);
         snprintf(two->names[s], sizeof two->names[s], "%s", result.name);
         vector_source_close(source);

@@ -59,8 +59,8 @@ static void make_directory(void)
         must(vector_source_open_memory(small.rows + (size_t)begin * DIM, ELEMENT_F32, count, DIM,
                                        "part", &source, &err),
              &err);
-        must(segment_build(vfs_posix(), folder, source, &rows, &options.params, pool, NULL, &result,
-                           &err),
+        must(segment_build(vfs_posix(), folder, source, &rows, &options.params, NULL, pool, NULL,
+                           &result, &err),
              &err);
         snprintf(names[s], sizeof names[s], "%s", result.name);
         vector_source_close(source);

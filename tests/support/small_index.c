@@ -90,7 +90,7 @@ void small_index_make(const struct small_options *o, struct small_index *out)
                        o->element == ELEMENT_I8 ? FIELD_INT8_VECTOR : FIELD_FLOAT_VECTOR, o->dim,
                        (struct schema **)(void *)&rows.schema, &err) < 0)
         fail_msg("%s", err.message);
-    if (segment_build(vfs_posix(), out->path, source, &rows, &o->params, pool, NULL, &result,
+    if (segment_build(vfs_posix(), out->path, source, &rows, &o->params, NULL, pool, NULL, &result,
                       &err) < 0)
         fail_msg("%s", err.message);
     const char *name = result.name;

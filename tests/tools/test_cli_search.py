@@ -249,23 +249,6 @@ def test_own_distortion_can_be_told(annd, made, tmp_path, own):
     annd("check", tmp_path / "i")
 
 
-def files_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file()}
-
-
-def test_a_kept_graph_is_taken_and_changes_nothing(annd, made, tmp_path):
-    graph = tmp_path / "kept.graph"
-    for name in ("one", "two"):
-        annd("build", made.base_file, "--output", tmp_path / name, "--graph", graph, *SMALL)
-        assert graph.stat().st_size > ROWS
-        assert files_of(tmp_path / name) == files_of(made.index), name
-    # One of other parameters does not fit and is made anew.
-    annd("build", made.base_file, "--output", tmp_path / "three", "--graph", graph, "--max-degree",
-         24, "--build-list", 50)
-    annd("check", tmp_path / "three")
-
-
 def test_memory_it_is_served_with_shapes_the_first_tier(annd, made, tmp_path):
     least = json.loads(annd("bench", made.index, "--queries", made.query_file, "--truth",
                             made.truth_file, "--search-list", 50, "--output",
