@@ -26,6 +26,8 @@ void dsyevd_(const char *job, const char *part, const int *size, double *matrix,
              int *info, size_t job_length, size_t part_length);
 
 static const uint32_t eigen_size_max = 16384;
+/* Tells the second start what the first one found. */
+static const char before_variable[] = "ANND_OPENBLAS_BEFORE";
 
 static pthread_once_t init_once = PTHREAD_ONCE_INIT;
 static sem_t callers;
@@ -64,9 +66,11 @@ void gemm_pick_core(char **argv)
     if (setenv("OPENBLAS_CORETYPE", "SKYLAKEX", 1) < 0)
         return;
     setenv("OPENBLAS_NUM_THREADS", "1", 1);
+    setenv(before_variable, gemm_core_name(), 1);
     execv("/proc/self/exe", argv);
     /* Slower kernels are no reason to fail; children should not inherit a choice we do not run. */
     unsetenv("OPENBLAS_CORETYPE");
+    unsetenv(before_variable);
 }
 
 static void call_begin(void)
@@ -99,6 +103,11 @@ void gemm_init(void)
 const char *gemm_core_name(void)
 {
     return openblas_get_corename();
+}
+
+const char *gemm_core_before(void)
+{
+    return getenv("OPENBLAS_CORETYPE") ? getenv(before_variable) : NULL;
 }
 
 void gemm_f32(bool transpose_a, bool transpose_b, uint64_t m, uint64_t n, uint64_t k, float alpha,

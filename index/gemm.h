@@ -28,6 +28,9 @@ void gemm_init(void);
 
 /* The kernels OpenBLAS chose ("SkylakeX", "Haswell"), for logs. */
 const char *gemm_core_name(void);
+/* Those it had chosen before gemm_pick_core started the program again; NULL when that was not
+ * needed. */
+const char *gemm_core_before(void);
 
 /* c = alpha * op(a) op(b) + beta * c with op(a) m x k, op(b) k x n, c m x n; op transposes where
  * the flag says so. Strides are floats between rows as stored. Sizes up to INT32_MAX. Any thread.

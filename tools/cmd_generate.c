@@ -3,18 +3,23 @@
  * Vectors of pictures or texts fill far fewer dimensions than they have. So a row is a cluster's
  * centre, plus LATENT normal factors mixed into all dimensions by one fixed matrix, plus a little
  * noise in each: its neighbours are those whose factors are alike. Queries come from the same
- * centres and factors but another stream. The bytes depend on the arguments alone. */
+ * centres and factors but another stream. The bytes depend on the arguments alone, and not
+ * on --threads; with the same --clusters, --dim, --type and --seed, fewer rows are the first of
+ * more. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "index/vector_file.h"
+#include "storage/base/pool.h"
 #include "storage/base/random.h"
 #include "tools/commands.h"
 #include "tools/progress.h"
 
 #define BLOCK_ROWS 4096u
+#define BLOCKS_PER_WORKER 4u
+#define BATCH_BYTES (UINT64_C(256) << 20) /* at most, but for one block */
 #define QUERY_COUNT 1000u
 #define LATENT 16u
 #define NOISE 0.05f
@@ -68,39 +73,70 @@ static void generator_row(const struct generator *g, struct random *random, floa
         memcpy(out, scratch, g->dim * sizeof *scratch);
 }
 
-static int generate_file(const struct generator *g, const char *path, uint64_t rows, uint64_t seed,
-                         uint64_t stream, struct job *job, struct error *err)
+/* A batch of blocks that the workers fill side by side. */
+struct batch {
+    const struct generator *generator;
+    uint8_t *rows;  /* row_count packed rows, whole blocks but for the last */
+    float *scratch; /* dim floats a worker */
+    uint64_t row_count;
+    uint64_t row_bytes;
+    uint64_t seed;
+    uint64_t stream; /* of the batch's first block; the next ones follow */
+};
+
+static void generate_blocks(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
-    uint64_t row_bytes = element_bytes(g->type, g->dim);
-    uint8_t *block = malloc(BLOCK_ROWS * row_bytes);
-    float *scratch = malloc(g->dim * sizeof *scratch);
+    const struct batch *batch = context;
+    const struct generator *g = batch->generator;
+
+    for (uint64_t block = begin; block < end; block++) {
+        uint64_t first = block * BLOCK_ROWS, last = first + BLOCK_ROWS;
+        struct random random;
+
+        /* A stream per block: rows depend neither on how many there are nor on who makes them. */
+        random_init(&random, batch->seed, batch->stream + block);
+        for (uint64_t i = first; i < (last < batch->row_count ? last : batch->row_count); i++)
+            generator_row(g, &random, batch->scratch + (uint64_t)worker * g->dim,
+                          batch->rows + i * batch->row_bytes);
+    }
+}
+
+static int generate_file(const struct generator *g, const char *path, uint64_t rows, uint64_t seed,
+                         uint64_t stream, struct pool *pool, struct job *job, struct error *err)
+{
+    uint64_t row_bytes = element_bytes(g->type, g->dim), block_bytes = BLOCK_ROWS * row_bytes;
+    uint64_t blocks = (uint64_t)BLOCKS_PER_WORKER * pool_workers(pool), batch_rows;
+    struct batch batch = {.generator = g, .row_bytes = row_bytes, .seed = seed, .stream = stream};
     struct vector_writer *writer = NULL;
     int rc = -1;
 
     job_phase(job, "generate", rows);
-    if (!block || !scratch) {
-        error_set(err, ERR_NOMEM, "no memory for a block of rows");
+    if (blocks > BATCH_BYTES / block_bytes)
+        blocks = BATCH_BYTES / block_bytes ? BATCH_BYTES / block_bytes : 1;
+    batch_rows = blocks * BLOCK_ROWS < rows ? blocks * BLOCK_ROWS : rows;
+    batch.rows = malloc(batch_rows * row_bytes);
+    batch.scratch = malloc((uint64_t)pool_workers(pool) * g->dim * sizeof *batch.scratch);
+    if (!batch.rows || !batch.scratch) {
+        error_set(err, ERR_NOMEM, "no memory for a batch of rows");
         goto done;
     }
     if (vector_writer_open(vfs_posix(), path, g->type, g->dim, &writer, err) < 0)
         goto done;
-    for (uint64_t first = 0; first < rows; first += BLOCK_ROWS) {
-        uint64_t count = rows - first < BLOCK_ROWS ? rows - first : BLOCK_ROWS;
-        struct random random;
-
-        /* A stream per block: rows do not depend on how many there are. */
-        random_init(&random, seed, stream + first / BLOCK_ROWS);
-        for (uint64_t i = 0; i < count; i++)
-            generator_row(g, &random, scratch, block + i * row_bytes);
-        if (vector_writer_append(writer, block, count, err) < 0 || job_advance(job, count, err) < 0)
+    for (uint64_t first = 0; first < rows; first += batch.row_count) {
+        batch.row_count = rows - first < batch_rows ? rows - first : batch_rows;
+        blocks = (batch.row_count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        pool_for(pool, blocks, 1, generate_blocks, &batch);
+        batch.stream += blocks;
+        if (vector_writer_append(writer, batch.rows, batch.row_count, err) < 0 ||
+            job_advance(job, batch.row_count, err) < 0)
             goto done;
     }
     rc = vector_writer_close(writer, err);
     writer = NULL;
 done:
     vector_writer_abort(writer);
-    free(block);
-    free(scratch);
+    free(batch.rows);
+    free(batch.scratch);
     return rc;
 }
 
@@ -113,6 +149,7 @@ static int run(const struct arguments *arguments, struct error *err)
     uint64_t rows = option_u64(arguments, "rows"), seed = option_u64(arguments, "seed");
     const char *output = option_text(arguments, "output");
     const char *queries = option_text(arguments, "queries");
+    struct pool *pool = NULL;
     struct job *job = NULL;
     int rc = -1;
 
@@ -122,11 +159,14 @@ static int run(const struct arguments *arguments, struct error *err)
     }
     if (!g.clusters)
         g.clusters = (uint32_t)(sqrt((double)rows) / 2) + 1;
+    if (pool_new(option_u32(arguments, "threads"), &pool, err) < 0)
+        goto done;
     job = progress_job(arguments, err);
     if (!job || generator_init(&g, seed, err) < 0 ||
-        generate_file(&g, output, rows, seed, 1, job, err) < 0)
+        generate_file(&g, output, rows, seed, 1, pool, job, err) < 0)
         goto done;
-    if (queries && generate_file(&g, queries, QUERY_COUNT, seed, UINT64_C(1) << 40, job, err) < 0)
+    if (queries &&
+        generate_file(&g, queries, QUERY_COUNT, seed, UINT64_C(1) << 40, pool, job, err) < 0)
         goto done;
     job_finish(job);
     printf("%s: %llu rows of %u %s, %u clusters, seed %llu\n", output, (unsigned long long)rows,
@@ -136,6 +176,7 @@ static int run(const struct arguments *arguments, struct error *err)
     rc = 0;
 done:
     progress_end(job);
+    pool_free(pool);
     free(g.centres);
     free(g.mixing);
     return rc;
@@ -150,6 +191,7 @@ static const struct option options[] = {
     {"seed", OPTION_NUMBER, "N", "1", NULL, "names the set", 0, 0},
     {"output", OPTION_TEXT, "FILE", NULL, NULL, ".fbin or .u8bin to write", 0, 0},
     {"queries", OPTION_TEXT, "FILE", NULL, NULL, "also write 1,000 queries", 0, 0},
+    {"threads", OPTION_NUMBER, "N", NULL, NULL, "worker threads, by default all cores", 1, 1024},
     PROGRESS_OPTION,
     {0},
 };

@@ -11,9 +11,9 @@
 #include "tools/commands.h"
 
 static const struct command *const commands[] = {
-    &command_generate, &command_build,  &command_resume,  &command_discard,
+    &command_generate, &command_plan,   &command_build,  &command_resume,  &command_discard,
     &command_truth,    &command_search, &command_bench,  &command_inspect, &command_check,
-    &command_attach,   &command_serve,
+    &command_attach,   &command_serve,  &command_doctor,
 };
 
 #define COMMAND_COUNT (sizeof commands / sizeof commands[0])

@@ -7,8 +7,8 @@ import pytest
 
 from conftest import ROOT, clustered, write_bin, write_vecs
 
-VERBS = ("generate", "build", "resume", "discard", "truth", "search", "bench", "inspect",
-         "check", "attach", "serve")
+VERBS = ("generate", "plan", "build", "resume", "discard", "truth", "search", "bench", "inspect",
+         "check", "attach", "serve", "doctor")
 
 
 def test_help_lists_every_verb_and_each_verb_has_help(annd):
