@@ -6,6 +6,7 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <malloc.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -562,6 +563,7 @@ static int stage_order(struct build *b, struct error *err)
         return -1;
     choose_tiers(b);
     row_store_drop(b->row_store);
+    malloc_trim(0); /* see stage_calibrate */
     if ((state_has(b, "order.done") ? order_read(b, err) : order_make(b, err)) < 0)
         return -1;
     if (scratch_remove(b, "lists", err) < 0 ||
@@ -803,6 +805,9 @@ static int stage_calibrate(struct build *b, struct error *err)
     free(b->positions);
     free(b->numbers);
     b->order = b->positions = b->numbers = NULL;
+    /* What is freed in small pieces by many threads stays in their heaps: the plan counts on having
+     * it back. */
+    malloc_trim(0);
     const struct calibrate_queries queries = {vectors, count, b->apart ? hidden : NULL, positions,
                                               truth_k};
 
