@@ -25,6 +25,7 @@ struct code_training {
     uint32_t count;
     uint32_t dim;
     uint32_t chunk_count;
+    uint32_t iterations; /* Lloyd steps, where there are any */
     uint64_t seed;
 };
 
@@ -35,8 +36,8 @@ struct code_methods {
     /* Why the shape (dim >= 1, chunk_count >= 1) cannot be coded this way, as the end of a
      * sentence, or NULL. */
     const char *(*refuses)(uint32_t dim, uint32_t chunk_count);
-    /* Units by which train advances its job. */
-    uint64_t (*train_units)(uint32_t dim, uint32_t chunk_count);
+    /* Units by which train advances its job; the sample is not looked at. */
+    uint64_t (*train_units)(const struct code_training *training);
     int (*train)(const struct code_training *training, struct pool *pool, struct job *job,
                  void **out, struct error *err);
     void (*free)(void *code);

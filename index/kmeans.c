@@ -22,6 +22,7 @@
 #define PRODUCT_COLUMNS 256u /* centroids a GEMM call takes: products of a block stay in cache */
 #define CLUSTER_GRAIN 16u
 #define SEED_SAMPLE_FACTOR 32u     /* sampled points a cluster when seeding */
+#define SEED_BLOCK 256u            /* sampled points of which the sum is kept */
 #define SEED_WORK_MAX (1ull << 33) /* multiplications k-means++ may take, about a second */
 
 static uint32_t round_to_lanes(uint32_t count)
@@ -239,40 +240,87 @@ static void reseed_empty(struct lloyd *lloyd)
     }
 }
 
+static uint32_t seed_blocks(uint32_t stride)
+{
+    return (stride + SEED_BLOCK - 1) / SEED_BLOCK;
+}
+
+/* Takes distances into nearest, stride of each, and returns the sum of what is left; sums gets that
+ * of each block. Lane by lane: one running sum would wait for every addition. */
+static double nearer_of(float *nearest, const float *distances, uint32_t stride, double *sums)
+{
+    double total = 0;
+
+    for (uint32_t b = 0; b < seed_blocks(stride); b++) {
+        uint32_t end = (b + 1) * SEED_BLOCK < stride ? (b + 1) * SEED_BLOCK : stride;
+        float lanes[CODE_LANES] = {0};
+
+        for (uint32_t i = b * SEED_BLOCK; i < end; i += CODE_LANES) {
+            for (uint32_t l = 0; l < CODE_LANES; l++) {
+                float x = distances[i + l] < nearest[i + l] ? distances[i + l] : nearest[i + l];
+
+                nearest[i + l] = x;
+                lanes[l] += x;
+            }
+        }
+        sums[b] = 0;
+        for (uint32_t l = 0; l < CODE_LANES; l++)
+            sums[b] += lanes[l];
+        total += sums[b];
+    }
+    return total;
+}
+
+/* The point at which the running sum of `nearest` passes target, found by blocks first. The last
+ * point with any distance stands in should rounding carry past the end; `otherwise` when all are
+ * zero. */
+static uint32_t point_at(const float *nearest, uint32_t stride, const double *sums, double target,
+                         uint32_t otherwise)
+{
+    uint32_t block = 0, pick = otherwise;
+    double rest = 0;
+
+    for (uint32_t b = 0; b < seed_blocks(stride); b++) {
+        if (!(sums[b] > 0))
+            continue;
+        block = b;
+        rest = target;
+        target -= sums[b];
+        if (target < 0)
+            break;
+    }
+    for (uint32_t i = block * SEED_BLOCK; i < stride && i < (block + 1) * SEED_BLOCK; i++) {
+        if (nearest[i] > 0) {
+            pick = i;
+            rest -= nearest[i];
+            if (rest < 0)
+                break;
+        }
+    }
+    return pick;
+}
+
 /* Seeds from the sample's columns (dim x stride, `sampled` of them): each next one is drawn with
  * probability proportional to the squared distance from the nearest so far. */
 static void seed_plus_plus(const struct kmeans_params *params, struct random *random,
                            const float *columns, uint32_t stride, uint32_t sampled, float *nearest,
-                           float *distances, float *centroids)
+                           float *distances, double *sums, float *centroids)
 {
     const struct code_kernels *kernels = code_kernels_best();
     uint32_t dim = params->dim;
     uint32_t pick = (uint32_t)random_below(random, sampled);
 
-    for (uint32_t i = 0; i < sampled; i++)
-        nearest[i] = INFINITY;
+    for (uint32_t i = 0; i < stride; i++)
+        nearest[i] = i < sampled ? INFINITY : 0; /* never picks what is padding */
     for (uint32_t c = 0; c < params->cluster_count; c++) {
         float *centroid = centroids + (uint64_t)c * dim;
-        double total = 0, target;
+        double total;
 
         for (uint32_t d = 0; d < dim; d++)
             centroid[d] = columns[(uint64_t)d * stride + pick];
         kernels->l2_columns(centroid, dim, columns, stride, stride, distances);
-        for (uint32_t i = 0; i < sampled; i++) {
-            nearest[i] = distances[i] < nearest[i] ? distances[i] : nearest[i];
-            total += nearest[i];
-        }
-        target = total * random_float(random);
-        /* The last point with any distance stands in should rounding carry past the end; when all
-         * are zero the pick is repeated. */
-        for (uint32_t i = 0; i < sampled; i++) {
-            if (nearest[i] > 0) {
-                pick = i;
-                target -= nearest[i];
-                if (target < 0)
-                    break;
-            }
-        }
+        total = nearer_of(nearest, distances, stride, sums);
+        pick = point_at(nearest, stride, sums, total * random_float(random), pick);
     }
 }
 
@@ -284,6 +332,7 @@ static int seed_centroids(const struct kmeans_params *params, float *centroids, 
     bool plain;
     struct random random;
     float *columns = NULL, *nearest = NULL;
+    double *sums = NULL;
     uint32_t stride;
     int rc = -1;
 
@@ -296,7 +345,8 @@ static int seed_centroids(const struct kmeans_params *params, float *centroids, 
     stride = round_to_lanes((uint32_t)sampled);
     columns = calloc((size_t)dim * stride, sizeof *columns);
     nearest = calloc(2ull * stride, sizeof *nearest);
-    if (!columns || !nearest) {
+    sums = calloc(seed_blocks(stride), sizeof *sums);
+    if (!columns || !nearest || !sums) {
         error_set(err, ERR_NOMEM, "no memory to seed %u clusters from %llu points", clusters,
                   (unsigned long long)sampled);
         goto done;
@@ -318,11 +368,12 @@ static int seed_centroids(const struct kmeans_params *params, float *centroids, 
     }
     if (!plain)
         seed_plus_plus(params, &random, columns, stride, (uint32_t)sampled, nearest,
-                       nearest + stride, centroids);
+                       nearest + stride, sums, centroids);
     rc = 0;
 done:
     free(columns);
     free(nearest);
+    free(sums);
     return rc;
 }
 

@@ -71,9 +71,9 @@ static const char *opq_refuses(uint32_t dim, uint32_t chunk_count)
     return pq_methods.refuses(dim, chunk_count);
 }
 
-static uint64_t opq_train_units(uint32_t dim, uint32_t chunk_count)
+static uint64_t opq_train_units(const struct code_training *training)
 {
-    return pq_methods.train_units(dim, chunk_count);
+    return pq_methods.train_units(training);
 }
 
 static size_t panel_floats(const struct opq *opq)

@@ -9,6 +9,8 @@
 
 #include <float.h>
 #include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -86,10 +88,9 @@ static const char *pq_refuses(uint32_t dim, uint32_t chunk_count)
     return chunk_count > dim ? "has more bytes than dimensions" : NULL;
 }
 
-static uint64_t pq_train_units(uint32_t dim, uint32_t chunk_count)
+static uint64_t pq_train_units(const struct code_training *training)
 {
-    (void)dim;
-    return (uint64_t)chunk_count * CODE_TRAIN_ITERATIONS;
+    return (uint64_t)training->chunk_count * training->iterations;
 }
 
 /* Takes a chunk's centroids over, rounded. */
@@ -117,55 +118,102 @@ static void keep_centroids(struct pq *pq, uint32_t chunk, struct centroid_table 
                                           pq->columns + (size_t)begin * PQ_CENTROIDS, count);
 }
 
+/* What the chunks' trainings share. */
+struct chunks_work {
+    const struct code_training *training;
+    struct pq *pq;
+    struct pool *pool; /* for the loops within a chunk, or NULL */
+    struct job *job;
+    float *points;    /* workers x count x chunk_dim_max */
+    float *centroids; /* workers x PQ_CENTROIDS x chunk_dim_max */
+    atomic_bool failed;
+    struct error *err; /* of the first to fail */
+};
+
+static int train_chunk(const struct chunks_work *work, uint32_t chunk, float *points,
+                       float *centroids, struct error *err)
+{
+    const struct code_training *training = work->training;
+    uint32_t begin = chunk_begin(work->pq, chunk);
+    uint32_t chunk_dim = chunk_begin(work->pq, chunk + 1) - begin;
+    struct centroid_table table;
+    struct kmeans_params params = {
+        .points = points,
+        .stride = chunk_dim,
+        .count = training->count,
+        .dim = chunk_dim,
+        .cluster_count = PQ_CENTROIDS,
+        .iterations = training->iterations,
+        .seed = training->seed,
+        .stream = chunk,
+    };
+
+    /* Dense, the chunk stays in the second cache for all the steps. */
+    for (uint32_t i = 0; i < training->count; i++)
+        memcpy(points + (size_t)i * chunk_dim, training->sample + (size_t)i * training->dim + begin,
+               chunk_dim * sizeof *points);
+    if (kmeans_train(&params, work->pool, work->job, centroids, err) < 0 ||
+        centroid_table_init(&table, centroids, PQ_CENTROIDS, chunk_dim, err) < 0)
+        return -1;
+    keep_centroids(work->pq, chunk, &table);
+    centroid_table_release(&table);
+    return 0;
+}
+
+static void chunks_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
+{
+    struct chunks_work *work = context;
+    size_t chunk_dim = chunk_dim_max(work->pq);
+    float *points = work->points + worker * work->training->count * chunk_dim;
+    float *centroids = work->centroids + worker * PQ_CENTROIDS * chunk_dim;
+
+    for (uint64_t c = begin; c < end && !atomic_load(&work->failed); c++) {
+        struct error err = ERROR_INIT;
+
+        if (train_chunk(work, (uint32_t)c, points, centroids, &err) < 0 &&
+            !atomic_exchange(&work->failed, true))
+            *work->err = err;
+    }
+}
+
+/* A chunk's steps are short loops, and its seeding is none: where there are enough chunks for all
+ * workers, each takes whole ones. */
 static int pq_train(const struct code_training *training, struct pool *pool, struct job *job,
                     void **out, struct error *err)
 {
-    uint32_t dim = training->dim;
     uint32_t chunk_count = training->chunk_count;
-    struct pq *pq = pq_new(dim, chunk_count, err);
-    float *points = NULL, *centroids = NULL;
+    bool whole_chunks = chunk_count / 2 >= pool_workers(pool);
+    uint32_t workers = whole_chunks ? pool_workers(pool) : 1;
+    struct pq *pq = pq_new(training->dim, chunk_count, err);
+    struct chunks_work work = {
+        .training = training,
+        .pq = pq,
+        .pool = whole_chunks ? NULL : pool,
+        .job = job,
+        .err = err,
+    };
     int rc = -1;
 
     if (!pq)
         return -1;
-    points = malloc((size_t)training->count * chunk_dim_max(pq) * sizeof *points);
-    centroids = malloc((size_t)PQ_CENTROIDS * chunk_dim_max(pq) * sizeof *centroids);
-    if (!points || !centroids) {
+    work.points =
+        malloc((size_t)workers * training->count * chunk_dim_max(pq) * sizeof *work.points);
+    work.centroids =
+        malloc((size_t)workers * PQ_CENTROIDS * chunk_dim_max(pq) * sizeof *work.centroids);
+    if (!work.points || !work.centroids) {
         error_set(err, ERR_NOMEM, "no memory to train %u chunks on %u vectors", chunk_count,
                   training->count);
         goto done;
     }
-    for (uint32_t c = 0; c < chunk_count; c++) {
-        uint32_t begin = chunk_begin(pq, c);
-        uint32_t chunk_dim = chunk_begin(pq, c + 1) - begin;
-        struct centroid_table table;
-        struct kmeans_params params = {
-            .points = points,
-            .stride = chunk_dim,
-            .count = training->count,
-            .dim = chunk_dim,
-            .cluster_count = PQ_CENTROIDS,
-            .iterations = CODE_TRAIN_ITERATIONS,
-            .seed = training->seed,
-            .stream = c,
-        };
-
-        /* Dense, the chunk stays in the second cache for all the steps. */
-        for (uint32_t i = 0; i < training->count; i++)
-            memcpy(points + (size_t)i * chunk_dim, training->sample + (size_t)i * dim + begin,
-                   chunk_dim * sizeof *points);
-        if (kmeans_train(&params, pool, job, centroids, err) < 0 ||
-            centroid_table_init(&table, centroids, PQ_CENTROIDS, chunk_dim, err) < 0)
-            goto done;
-        keep_centroids(pq, c, &table);
-        centroid_table_release(&table);
-    }
+    pool_for(whole_chunks ? pool : NULL, chunk_count, 1, chunks_range, &work);
+    if (atomic_load(&work.failed))
+        goto done;
     *out = pq;
     pq = NULL;
     rc = 0;
 done:
-    free(points);
-    free(centroids);
+    free(work.points);
+    free(work.centroids);
     pq_free(pq);
     return rc;
 }

@@ -8,9 +8,11 @@
  * the steps of the query's integer table, whose range the scale's is part of.
  *
  * The bake-off trains each kind once for each number of bytes: with own distortion a code has one
- * byte less for the vector, and is no cut-down version of the longer one. All get the same Lloyd
- * steps: training is seconds, the segment is searched for months. Then held-out rows are ranked by
- * the very tables and kernels a search uses, and the count of rows to verify decides.
+ * byte less for the vector, and is no cut-down version of the longer one. Of a large sample all get
+ * the same part and the same few Lloyd steps, which order them as well as the whole does. Held-out
+ * rows are then ranked by the very tables and kernels a search uses, the count of rows to verify
+ * decides, and the winner is trained again on all there is: the segment is searched for months. So
+ * is its rival where the part leaves open whether a rotation pays.
  *
  * Stored form, little-endian: a header of 64 bytes, then the code's numbers. */
 #include "index/quantiser.h"
@@ -23,6 +25,7 @@
 
 #include "index/code_methods.h"
 #include "index/distance.h"
+#include "index/gemm.h"
 #include "index/opq.h"
 #include "index/pq.h"
 #include "index/scalar_code.h"
@@ -37,11 +40,19 @@
 #define QUERIES_MAX 500u
 #define BASE_ROWS_MAX 20000u
 #define TRUE_NEIGHBOURS 10u
+/* What a code is trained on to be compared: 32 rows a centroid. */
+#define TRIAL_ROWS 8192u
+#define TRIAL_ITERATIONS 6u
+/* The true neighbours: queries and rows a GEMM call takes. */
+#define TRUTH_QUERIES 32u
+#define TRUTH_ROWS 512u
 /* How many times the rows of the best code a simpler one may need. The first is about the noise of
  * the sample. A rotation has to earn its matrix and its time, and its advantage on a sample shrinks
  * with more rows: what is 5 % on 20,000 rows of SIFT is nothing on the million. */
 #define TIE 1.02
 #define TIE_ROTATION 1.10
+/* Trained on a part, codes come out this near to being tied the other way round. */
+#define RUN_OFF 1.25
 
 static const char quantiser_magic[8] = "ANNDQNT1";
 static const uint32_t quantiser_version = 2;
@@ -326,40 +337,6 @@ int quantiser_encode(const struct quantiser *quantiser, const float *vectors, ui
     return encode_with_errors(quantiser, vectors, count, pool, codes, NULL, err);
 }
 
-/* ---- training ---- */
-
-/* Sets the mean squared error over count vectors and the scale of their own. */
-static int measure_distortion(struct quantiser *quantiser, const float *vectors, uint32_t count,
-                              struct pool *pool, struct error *err)
-{
-    uint8_t *codes = malloc((size_t)count * quantiser->code_bytes);
-    float *errors = malloc(count * sizeof *errors);
-    double sum = 0;
-    int rc = -1;
-
-    if (!codes || !errors) {
-        error_set(err, ERR_NOMEM, "no memory to measure a code on %u vectors", count);
-        goto done;
-    }
-    if (encode_with_errors(quantiser, vectors, count, pool, codes, errors, err) < 0)
-        goto done;
-    for (uint32_t i = 0; i < count; i++)
-        sum += errors[i];
-    quantiser->distortion = (float)(sum / count);
-    if (!isfinite(quantiser->distortion) ||
-        (quantiser->own && !own_scale_fit(quantiser, errors, count))) {
-        error_set(err, ERR_INVALID,
-                  "the sample's values are too large for squared distances in float, or not "
-                  "finite");
-        goto done;
-    }
-    rc = 0;
-done:
-    free(codes);
-    free(errors);
-    return rc;
-}
-
 /* The sample as training and judging share it. */
 struct sample {
     const float *rows; /* count x dim */
@@ -374,36 +351,7 @@ static const float *held_out_rows(const struct sample *sample)
     return sample->rows + (size_t)(sample->count - sample->held_out) * sample->dim;
 }
 
-static int train_one(const struct code_trial *trial, const struct sample *sample, struct pool *pool,
-                     struct job *job, struct quantiser **out, struct error *err)
-{
-    uint32_t first_half = sample->count - sample->held_out;
-    struct code_training training = {
-        .sample = sample->rows,
-        /* A sample too small to halve is partly judged on what it was trained on. */
-        .count = first_half < CODE_VALUES ? CODE_VALUES : first_half,
-        .dim = sample->dim,
-        .chunk_count = trial->code_bytes - trial->own_distortion,
-        .seed = sample->seed,
-    };
-    struct quantiser *quantiser = calloc(1, sizeof *quantiser);
-
-    if (!quantiser)
-        return error_set(err, ERR_NOMEM, "no memory for a quantiser");
-    quantiser->methods = methods_of(trial->kind);
-    quantiser->dim = sample->dim;
-    quantiser->code_bytes = trial->code_bytes;
-    quantiser->own = trial->own_distortion;
-    if (quantiser->methods->train(&training, pool, job, &quantiser->code, err) < 0 ||
-        measure_distortion(quantiser, held_out_rows(sample), sample->held_out, pool, err) < 0) {
-        quantiser_free(quantiser);
-        return -1;
-    }
-    *out = quantiser;
-    return 0;
-}
-
-/* ---- the bake-off ---- */
+/* ---- the comparison ---- */
 
 /* Held-out rows: the first are queries, the next the base they are answered from. */
 struct comparison {
@@ -415,35 +363,118 @@ struct comparison {
     uint32_t *truth; /* query_count x TRUE_NEIGHBOURS: rows of the base */
 };
 
-static void truth_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
+/* Nearest is the least |x|^2 / 2 - q.x, with both relative to the base's mean: far from the origin
+ * the two terms would cancel to noise. */
+struct truth_work {
+    struct comparison *comparison;
+    float *rows;       /* (query_count + base_count) x dim, centred */
+    float *half_norms; /* query_count + base_count */
+    double *mean;      /* dim */
+    float *products;   /* workers x TRUTH_QUERIES x TRUTH_ROWS */
+};
+
+static void truth_centre_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
 {
-    struct comparison *comparison = context;
-    const struct distance_kernels *kernels = distance_kernels_best();
-    uint32_t dim = comparison->dim;
+    struct truth_work *work = context;
+    uint32_t dim = work->comparison->dim;
 
     (void)worker;
-    for (uint64_t q = begin; q < end; q++) {
-        const float *query = comparison->queries + q * dim;
-        uint32_t *nearest = comparison->truth + q * TRUE_NEIGHBOURS;
-        float distances[TRUE_NEIGHBOURS];
-        uint32_t found = 0;
+    for (uint64_t i = begin; i < end; i++) {
+        const float *row = work->comparison->queries + i * dim;
+        float *centred = work->rows + i * dim;
+        double norm = 0;
 
-        for (uint32_t row = 0; row < comparison->base_count; row++) {
-            float distance = kernels->l2_f32(query, comparison->base + (size_t)row * dim, dim);
-            uint32_t place = found;
+        for (uint32_t d = 0; d < dim; d++)
+            centred[d] = (float)(row[d] - work->mean[d]);
+        for (uint32_t d = 0; d < dim; d++)
+            norm += (double)centred[d] * centred[d];
+        work->half_norms[i] = (float)(0.5 * norm);
+    }
+}
 
-            if (found == TRUE_NEIGHBOURS && !(distance < distances[found - 1]))
-                continue;
-            found += found < TRUE_NEIGHBOURS;
-            place = place < TRUE_NEIGHBOURS ? place : TRUE_NEIGHBOURS - 1;
-            for (; place > 0 && distance < distances[place - 1]; place--) {
-                distances[place] = distances[place - 1];
-                nearest[place] = nearest[place - 1];
-            }
-            distances[place] = distance;
-            nearest[place] = row;
+/* The rows so far nearest to one query. */
+struct nearest {
+    float scores[TRUE_NEIGHBOURS]; /* ascending */
+    uint32_t count;
+};
+
+static void nearest_offer(struct nearest *nearest, uint32_t *rows, float score, uint32_t row)
+{
+    uint32_t place = nearest->count;
+
+    if (place == TRUE_NEIGHBOURS && !(score < nearest->scores[place - 1]))
+        return;
+    if (place < TRUE_NEIGHBOURS)
+        nearest->count++;
+    else
+        place--;
+    for (; place > 0 && score < nearest->scores[place - 1]; place--) {
+        nearest->scores[place] = nearest->scores[place - 1];
+        rows[place] = rows[place - 1];
+    }
+    nearest->scores[place] = score;
+    rows[place] = row;
+}
+
+static void truth_range(void *context, uint64_t begin, uint64_t end, uint32_t worker)
+{
+    struct truth_work *work = context;
+    const struct comparison *comparison = work->comparison;
+    uint32_t dim = comparison->dim;
+    uint32_t queries = (uint32_t)(end - begin);
+    const float *base = work->rows + (size_t)comparison->query_count * dim;
+    const float *half_norms = work->half_norms + comparison->query_count;
+    float *products = work->products + (size_t)worker * TRUTH_QUERIES * TRUTH_ROWS;
+    struct nearest nearest[TRUTH_QUERIES];
+
+    memset(nearest, 0, sizeof nearest);
+    for (uint32_t first = 0; first < comparison->base_count; first += TRUTH_ROWS) {
+        uint32_t left = comparison->base_count - first;
+        uint32_t count = left < TRUTH_ROWS ? left : TRUTH_ROWS;
+
+        gemm_f32(false, true, queries, count, dim, 1.0f, work->rows + begin * dim, dim,
+                 base + (size_t)first * dim, dim, 0.0f, products, TRUTH_ROWS);
+        for (uint32_t q = 0; q < queries; q++) {
+            for (uint32_t i = 0; i < count; i++)
+                nearest_offer(&nearest[q], comparison->truth + (begin + q) * TRUE_NEIGHBOURS,
+                              half_norms[first + i] - products[(size_t)q * TRUTH_ROWS + i],
+                              first + i);
         }
     }
+}
+
+static int find_truth(struct comparison *comparison, struct pool *pool, struct error *err)
+{
+    uint32_t dim = comparison->dim;
+    uint32_t count = comparison->query_count + comparison->base_count;
+    struct truth_work work = {.comparison = comparison};
+    int rc = -1;
+
+    work.rows = malloc((size_t)count * dim * sizeof *work.rows);
+    work.half_norms = malloc(count * sizeof *work.half_norms);
+    work.mean = calloc(dim, sizeof *work.mean);
+    work.products =
+        malloc((size_t)pool_workers(pool) * TRUTH_QUERIES * TRUTH_ROWS * sizeof *work.products);
+    if (!work.rows || !work.half_norms || !work.mean || !work.products) {
+        error_set(err, ERR_NOMEM, "no memory for the true neighbours of %u vectors",
+                  comparison->query_count);
+        goto done;
+    }
+    for (size_t i = 0; i < comparison->base_count; i++) {
+        for (uint32_t d = 0; d < dim; d++)
+            work.mean[d] += comparison->base[i * dim + d];
+    }
+    for (uint32_t d = 0; d < dim; d++)
+        work.mean[d] /= comparison->base_count;
+    pool_for(pool, count, TRUTH_ROWS, truth_centre_range, &work);
+    pool_for(pool, comparison->query_count, TRUTH_QUERIES, truth_range, &work);
+    rc = 0;
+done:
+    free(work.rows);
+    free(work.half_norms);
+    free(work.mean);
+    free(work.products);
+    return rc;
 }
 
 static int comparison_init(struct comparison *comparison, const struct sample *sample,
@@ -463,8 +494,7 @@ static int comparison_init(struct comparison *comparison, const struct sample *s
         malloc((size_t)comparison->query_count * TRUE_NEIGHBOURS * sizeof *comparison->truth);
     if (!comparison->truth)
         return error_set(err, ERR_NOMEM, "no memory to compare codes");
-    pool_for(pool, comparison->query_count, 4, truth_range, comparison);
-    return 0;
+    return find_truth(comparison, pool, err);
 }
 
 struct rank_work {
@@ -528,12 +558,13 @@ static float rows_for(const uint32_t *ranks, uint32_t count, double share)
     return (float)(ranks[at] - 1 + (wanted - before) / (within - before));
 }
 
+/* codes: of the base. */
 static int compare_one(const struct comparison *comparison, const struct quantiser *quantiser,
-                       struct pool *pool, struct code_trial *trial, struct error *err)
+                       const uint8_t *codes, struct pool *pool, struct code_trial *trial,
+                       struct error *err)
 {
     uint32_t workers = pool_workers(pool);
     uint32_t ranks = comparison->query_count * TRUE_NEIGHBOURS;
-    uint8_t *codes = malloc((size_t)comparison->base_count * quantiser->code_bytes);
     struct rank_work work = {
         .comparison = comparison,
         .quantiser = quantiser,
@@ -547,20 +578,16 @@ static int compare_one(const struct comparison *comparison, const struct quantis
         aligned_alloc(64, workers * quantiser_table_entries(quantiser) * sizeof *work.entries);
     work.sums = malloc((size_t)workers * comparison->base_count * sizeof *work.sums);
     work.ranks = malloc(ranks * sizeof *work.ranks);
-    if (!codes || !work.scratch || !work.entries || !work.sums || !work.ranks) {
+    if (!work.scratch || !work.entries || !work.sums || !work.ranks) {
         error_set(err, ERR_NOMEM, "no memory to compare codes with %u workers", workers);
         goto done;
     }
-    if (encode_with_errors(quantiser, comparison->base, comparison->base_count, pool, codes, NULL,
-                           err) < 0)
-        goto done;
     pool_for(pool, comparison->query_count, 2, rank_range, &work);
     qsort(work.ranks, ranks, sizeof *work.ranks, compare_ranks);
     trial->verified_95 = rows_for(work.ranks, ranks, 0.95);
     trial->verified_99 = rows_for(work.ranks, ranks, 0.99);
     rc = 0;
 done:
-    free(codes);
     free(work.scratch);
     free(work.entries);
     free(work.sums);
@@ -568,19 +595,137 @@ done:
     return rc;
 }
 
+/* ---- training ---- */
+
+/* Sets the mean squared error over the first `count` held-out rows and the scale of their own; then
+ * compares, unless comparison is NULL. */
+static int judge(struct quantiser *quantiser, const struct sample *sample, uint32_t count,
+                 const struct comparison *comparison, struct pool *pool, struct code_trial *trial,
+                 struct error *err)
+{
+    uint32_t code_bytes = quantiser->code_bytes;
+    uint8_t *codes = malloc((size_t)count * code_bytes);
+    float *errors = malloc(count * sizeof *errors);
+    float *sorted = malloc(count * sizeof *sorted);
+    double sum = 0;
+    int rc = -1;
+
+    if (!codes || !errors || !sorted) {
+        error_set(err, ERR_NOMEM, "no memory to measure a code on %u vectors", count);
+        goto done;
+    }
+    if (encode_with_errors(quantiser, held_out_rows(sample), count, pool, codes, errors, err) < 0)
+        goto done;
+    for (uint32_t i = 0; i < count; i++)
+        sum += errors[i];
+    quantiser->distortion = trial->distortion = (float)(sum / count);
+    memcpy(sorted, errors, count * sizeof *sorted);
+    if (!isfinite(quantiser->distortion) ||
+        (quantiser->own && !own_scale_fit(quantiser, sorted, count))) {
+        error_set(err, ERR_INVALID,
+                  "the sample's values are too large for squared distances in float, or not "
+                  "finite");
+        goto done;
+    }
+    /* They were encoded before there was a scale. */
+    for (uint32_t i = 0; quantiser->own && i < count; i++)
+        codes[(size_t)(i + 1) * code_bytes - 1] = own_byte(quantiser, errors[i]);
+    if (comparison &&
+        compare_one(comparison, quantiser, codes + (size_t)comparison->query_count * code_bytes,
+                    pool, trial, err) < 0)
+        goto done;
+    rc = 0;
+done:
+    free(codes);
+    free(errors);
+    free(sorted);
+    return rc;
+}
+
+/* How one round trains its codes and what it judges them on. */
+struct round {
+    uint32_t rows;       /* the sample's first */
+    uint32_t iterations; /* Lloyd steps */
+    uint32_t judged;     /* held-out rows */
+};
+
+static struct code_training training_of(const struct code_trial *trial, const struct sample *sample,
+                                        const struct round *round)
+{
+    struct code_training training = {
+        .sample = sample->rows,
+        .count = round->rows,
+        .dim = sample->dim,
+        .chunk_count = trial->code_bytes - trial->own_distortion,
+        .iterations = round->iterations,
+        .seed = sample->seed,
+    };
+
+    return training;
+}
+
+static uint64_t training_units(const struct code_trial *trial, const struct sample *sample,
+                               const struct round *round)
+{
+    struct code_training training = training_of(trial, sample, round);
+
+    return methods_of(trial->kind)->train_units(&training);
+}
+
+/* comparison: may be NULL. */
+static int train_one(struct code_trial *trial, const struct sample *sample,
+                     const struct round *round, const struct comparison *comparison,
+                     struct pool *pool, struct job *job, struct quantiser **out, struct error *err)
+{
+    struct code_training training = training_of(trial, sample, round);
+    struct quantiser *quantiser = calloc(1, sizeof *quantiser);
+
+    if (!quantiser)
+        return error_set(err, ERR_NOMEM, "no memory for a quantiser");
+    quantiser->methods = methods_of(trial->kind);
+    quantiser->dim = sample->dim;
+    quantiser->code_bytes = trial->code_bytes;
+    quantiser->own = trial->own_distortion;
+    if (quantiser->methods->train(&training, pool, job, &quantiser->code, err) < 0 ||
+        judge(quantiser, sample, round->judged, comparison, pool, trial, err) < 0 ||
+        job_advance(job, 0, err) < 0) {
+        quantiser_free(quantiser);
+        return -1;
+    }
+    *out = quantiser;
+    return 0;
+}
+
+/* ---- the bake-off ---- */
+
 static double verified(const struct code_trial *trial)
 {
     return (double)trial->verified_95 + (double)trial->verified_99;
 }
 
+/* Which codes are meant. */
+enum which { PLAIN, ROTATED, ANY_KIND };
+
+/* The first that needs the fewest rows; count when there is none of the kind. */
+static uint32_t least_verified(const struct code_trial *trials, uint32_t count, enum which which)
+{
+    uint32_t best = count;
+
+    for (uint32_t i = 0; i < count; i++) {
+        if (which != ANY_KIND && (trials[i].kind == CODE_OPQ) != (which == ROTATED))
+            continue;
+        if (best == count || verified(&trials[i]) < verified(&trials[best]))
+            best = i;
+    }
+    return best;
+}
+
 /* The simplest, which is the first, that needs hardly more rows than the best. */
 static uint32_t best_trial(const struct code_trial *trials, uint32_t count)
 {
-    const struct code_trial *best = &trials[0];
+    const struct code_trial *best = &trials[least_verified(trials, count, ANY_KIND)];
     uint32_t chosen = 0;
 
-    for (uint32_t i = 1; i < count; i++)
-        best = verified(&trials[i]) < verified(best) ? &trials[i] : best;
     for (; &trials[chosen] != best; chosen++) {
         bool rotation = best->kind == CODE_OPQ && trials[chosen].kind != CODE_OPQ;
 
@@ -588,6 +733,31 @@ static uint32_t best_trial(const struct code_trial *trials, uint32_t count)
             break;
     }
     return chosen;
+}
+
+/* The same choice between two. */
+static uint32_t better_of(const struct code_trial *trials, uint32_t a, uint32_t b)
+{
+    uint32_t first = a < b ? a : b, second = a < b ? b : a;
+    const struct code_trial two[] = {trials[first], trials[second]};
+
+    return best_trial(two, 2) == 0 ? first : second;
+}
+
+/* The best code on the other side of the rotation from `chosen`, when a full training of both might
+ * turn the choice; else chosen. */
+static uint32_t rival_of(const struct code_trial *trials, uint32_t count, uint32_t chosen)
+{
+    bool rotated = trials[chosen].kind == CODE_OPQ;
+    uint32_t rival = least_verified(trials, count, rotated ? PLAIN : ROTATED);
+    double ratio; /* of the plain one's rows to the rotated one's */
+
+    if (rival == count)
+        return chosen;
+    ratio = verified(&trials[chosen]) / verified(&trials[rival]);
+    if (rotated)
+        ratio = 1 / ratio;
+    return ratio > 1 && ratio < RUN_OFF ? rival : chosen;
 }
 
 /* Why a code cannot have this shape, as the end of a sentence, or NULL. */
@@ -651,52 +821,109 @@ static int list_trials(const struct quantiser_params *params, uint32_t count, ui
     return 0;
 }
 
+/* Replaces a trial's code by one trained on the whole; *units_left is what was announced for such
+ * trainings. */
+static int train_again(struct code_bake_off *tried, uint32_t which, const struct sample *sample,
+                       const struct round *whole, const struct comparison *comparison,
+                       struct pool *pool, struct job *job, struct quantiser **trained,
+                       uint64_t *units_left, struct error *err)
+{
+    struct code_trial *trial = &tried->trials[which];
+
+    quantiser_free(trained[which]);
+    trained[which] = NULL;
+    *units_left -= training_units(trial, sample, whole);
+    return train_one(trial, sample, whole, comparison, pool, job, &trained[which], err);
+}
+
+/* Trains the codes tried, leaves the kept one in *out and marks it. */
+static int hold_bake_off(struct code_bake_off *tried, const struct sample *sample,
+                         const struct round *whole, struct pool *pool, struct job *job,
+                         struct quantiser **out, struct error *err)
+{
+    struct quantiser *trained[CODE_TRIALS_MAX] = {NULL};
+    struct comparison comparison = {0};
+    struct round round = *whole;
+    bool again = whole->rows > TRIAL_ROWS; /* the winner, on the whole */
+    uint64_t units = 0, last_units = 0;
+    uint32_t chosen;
+    int rc = -1;
+
+    if (comparison_init(&comparison, sample, pool, err) < 0)
+        goto done;
+    if (again)
+        round = (struct round){TRIAL_ROWS, TRIAL_ITERATIONS,
+                               comparison.query_count + comparison.base_count};
+    for (uint32_t i = 0; i < tried->count; i++) {
+        uint64_t last = again ? training_units(&tried->trials[i], sample, whole) : 0;
+
+        units += training_units(&tried->trials[i], sample, &round);
+        last_units = last > last_units ? last : last_units;
+    }
+    job_phase(job, "train codes", units + 2 * last_units);
+    for (uint32_t i = 0; i < tried->count; i++) {
+        if (train_one(&tried->trials[i], sample, &round, &comparison, pool, job, &trained[i], err) <
+            0)
+            goto done;
+    }
+    tried->base_rows = comparison.base_count;
+    tried->queries = comparison.query_count;
+    chosen = best_trial(tried->trials, tried->count);
+    if (again) {
+        uint32_t rival = rival_of(tried->trials, tried->count, chosen);
+
+        last_units *= 2;
+        if (train_again(tried, chosen, sample, whole, &comparison, pool, job, trained, &last_units,
+                        err) < 0)
+            goto done;
+        if (rival != chosen) {
+            if (train_again(tried, rival, sample, whole, &comparison, pool, job, trained,
+                            &last_units, err) < 0)
+                goto done;
+            chosen = better_of(tried->trials, chosen, rival);
+        }
+        /* Which they would be was not known when the units were announced. */
+        if (job_advance(job, last_units, err) < 0)
+            goto done;
+    }
+    tried->trials[chosen].chosen = true;
+    *out = trained[chosen];
+    trained[chosen] = NULL;
+    rc = 0;
+done:
+    for (uint32_t i = 0; i < tried->count; i++)
+        quantiser_free(trained[i]);
+    free(comparison.truth);
+    return rc;
+}
+
 int quantiser_train(const struct quantiser_params *params, const float *sample, uint32_t count,
                     uint32_t dim, struct pool *pool, struct job *job, struct quantiser **out,
                     struct code_bake_off *bake_off, struct error *err)
 {
     struct sample rows = {sample, count, dim, count - count / 2, params->seed};
-    struct quantiser *trained[CODE_TRIALS_MAX] = {NULL};
-    struct comparison comparison = {0};
+    uint32_t first_half = count / 2;
+    struct round whole = {
+        /* A sample too small to halve is partly judged on what it was trained on. */
+        .rows = first_half < CODE_VALUES ? CODE_VALUES : first_half,
+        .iterations = CODE_TRAIN_ITERATIONS,
+        .judged = rows.held_out,
+    };
     struct code_bake_off tried = {0};
-    uint64_t units = 0;
-    uint32_t chosen = 0;
-    int rc = -1;
 
     if (list_trials(params, count, dim, &tried, err) < 0)
         return -1;
-    for (uint32_t i = 0; i < tried.count; i++)
-        units += methods_of(tried.trials[i].kind)
-                     ->train_units(dim, params->code_bytes - tried.trials[i].own_distortion);
-    job_phase(job, "train codes", units);
-    for (uint32_t i = 0; i < tried.count; i++) {
-        if (train_one(&tried.trials[i], &rows, pool, job, &trained[i], err) < 0)
-            goto done;
-        tried.trials[i].distortion = trained[i]->distortion;
+    if (tried.count == 1) {
+        job_phase(job, "train codes", training_units(&tried.trials[0], &rows, &whole));
+        if (train_one(&tried.trials[0], &rows, &whole, NULL, pool, job, out, err) < 0)
+            return -1;
+        tried.trials[0].chosen = true;
+    } else if (hold_bake_off(&tried, &rows, &whole, pool, job, out, err) < 0) {
+        return -1;
     }
-    if (tried.count > 1) {
-        if (comparison_init(&comparison, &rows, pool, err) < 0)
-            goto done;
-        for (uint32_t i = 0; i < tried.count; i++) {
-            if (compare_one(&comparison, trained[i], pool, &tried.trials[i], err) < 0 ||
-                job_advance(job, 0, err) < 0)
-                goto done;
-        }
-        tried.base_rows = comparison.base_count;
-        tried.queries = comparison.query_count;
-        chosen = best_trial(tried.trials, tried.count);
-    }
-    tried.trials[chosen].chosen = true;
     if (bake_off)
         *bake_off = tried;
-    *out = trained[chosen];
-    trained[chosen] = NULL;
-    rc = 0;
-done:
-    for (uint32_t i = 0; i < tried.count; i++)
-        quantiser_free(trained[i]);
-    free(comparison.truth);
-    return rc;
+    return 0;
 }
 
 /* ---- stored bytes ---- */

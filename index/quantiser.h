@@ -41,7 +41,9 @@ struct quantiser_params {
 
 /* One code that was tried. verified_95 and _99: how many of the rows with the best estimates have
  * to be looked at so that 95 or 99 % of the true ten nearest are among them, on held-out rows of
- * the sample as queries, the rest as the base; 0 when nothing was compared. */
+ * the sample as queries, the rest as the base; 0 when nothing was compared. Of a large sample all
+ * are trained on the same small part; the chosen, and its rival where the choice was
+ * close, then on the whole, and their numbers are of that. */
 struct code_trial {
     enum code_kind kind;
     bool own_distortion;
@@ -61,12 +63,13 @@ struct code_bake_off {
     uint32_t queries;
 };
 
-/* sample: count x dim floats, row-major, borrowed. CODE_AUTO and CHOICE_AUTO train every kind that
- * fits code_bytes, with and without own distortion, and keep the one that needs the fewest rows
- * verified (verified_95 + verified_99; a tie within 2 %, 10 % where the better has a rotation, goes
- * to the simpler: pq before opq before scalar, without own distortion before with). bake_off tells
- * what was tried (may be NULL). Same bytes for any pool. ERR_INVALID: count < 256, code_bytes
- * outside 1..dim + 1, a kind that cannot have that many bytes; ERR_CANCELLED; ERR_NOMEM. */
+/* sample: count x dim floats, row-major, in random order, borrowed. CODE_AUTO and CHOICE_AUTO train
+ * every kind that fits code_bytes, with and without own distortion, and keep the one that needs the
+ * fewest rows verified (verified_95 + verified_99; a tie within 2 %, 10 % where the better has a
+ * rotation, goes to the simpler: pq before opq before scalar, without own distortion before with).
+ * bake_off tells what was tried (may be NULL). Same bytes for any pool. ERR_INVALID: count < 256,
+ * code_bytes outside 1..dim + 1, a kind that cannot have that many bytes; ERR_CANCELLED; ERR_NOMEM.
+ */
 int quantiser_train(const struct quantiser_params *params, const float *sample, uint32_t count,
                     uint32_t dim, struct pool *pool, struct job *job, struct quantiser **out,
                     struct code_bake_off *bake_off, struct error *err);

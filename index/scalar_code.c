@@ -57,10 +57,9 @@ static const char *scalar_refuses(uint32_t dim, uint32_t chunk_count)
                : NULL;
 }
 
-static uint64_t scalar_train_units(uint32_t dim, uint32_t chunk_count)
+static uint64_t scalar_train_units(const struct code_training *training)
 {
-    (void)chunk_count;
-    return dim;
+    return training->dim;
 }
 
 /* The level of a value; a NaN gives 0 as the comparison fails. */

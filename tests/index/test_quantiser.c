@@ -809,6 +809,60 @@ static void test_training_reports_as_much_work_as_it_announced(void **state)
     free(rows);
 }
 
+/* So large a sample that the codes are compared on a part of it and the winner is trained again. */
+static void test_a_large_sample_gives_its_winner_the_whole_for_any_pool(void **state)
+{
+    enum { COUNT = 17000, DIM = 8, BYTES = 4 };
+    float *rows = clustered_rows(COUNT, DIM, 300, 602);
+    struct error err = ERROR_INIT;
+    struct quantiser *single;
+    uint8_t *first = NULL, *alone;
+    size_t first_size = 0, alone_size;
+    enum code_kind kind = CODE_AUTO;
+    bool own = false;
+
+    (void)state;
+    for (uint32_t workers = 1; workers <= 3; workers += 2) {
+        struct quantiser_params params = {CODE_AUTO, CHOICE_AUTO, BYTES, SEED};
+        struct last_report last = {0};
+        struct job *job = job_new(keep_report, &last);
+        struct quantiser *q = NULL;
+        struct pool *pool;
+        uint8_t *bytes;
+        size_t size;
+
+        assert_non_null(job);
+        assert_int_equal(pool_new(workers, &pool, &err), 0);
+        assert_int_equal(quantiser_train(&params, rows, COUNT, DIM, pool, job, &q, NULL, &err), 0);
+        job_finish(job);
+        assert_int_equal(last.phases, 1);
+        assert_int_equal(last.progress.done, last.progress.total);
+        assert_int_equal(quantiser_encode_bytes(q, &bytes, &size, &err), 0);
+        if (first) {
+            assert_int_equal(size, first_size);
+            assert_memory_equal(bytes, first, size);
+            free(bytes);
+        } else {
+            first = bytes;
+            first_size = size;
+            kind = quantiser_kind(q);
+            own = quantiser_has_own_distortion(q);
+        }
+        quantiser_free(q);
+        pool_free(pool);
+        job_free(job);
+    }
+    /* Asked for by name it is the same code. */
+    single = train_choice(kind, own ? CHOICE_YES : CHOICE_NO, rows, COUNT, DIM, BYTES, NULL, NULL);
+    assert_int_equal(quantiser_encode_bytes(single, &alone, &alone_size, &err), 0);
+    assert_int_equal(alone_size, first_size);
+    assert_memory_equal(alone, first, first_size);
+    quantiser_free(single);
+    free(alone);
+    free(first);
+    free(rows);
+}
+
 static void test_samples_of_few_distinct_vectors_decode_to_their_rounding(void **state)
 {
     struct error err = ERROR_INIT;
@@ -1178,6 +1232,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_bad_parameters_are_refused),
         cmocka_unit_test(test_a_cancelled_job_ends_training),
         cmocka_unit_test(test_training_reports_as_much_work_as_it_announced),
+        cmocka_unit_test(test_a_large_sample_gives_its_winner_the_whole_for_any_pool),
         cmocka_unit_test(test_samples_of_few_distinct_vectors_decode_to_their_rounding),
         cmocka_unit_test(test_estimates_rank_true_neighbours_first_on_clustered_data),
         cmocka_unit_test(test_kind_names_parse_back),
