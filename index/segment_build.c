@@ -204,7 +204,6 @@ static int stage_inspect(struct build *b, struct error *err)
             partition_inspect(b->source, &b->shape, b->pool, b->job, &facts, err) < 0 ||
             manifest_set_u64(state, "inspect.zero_vectors", facts.zero_vectors, err) < 0 ||
             manifest_set_f64(state, "inspect.norm_max", (double)facts.norm_max, err) < 0 ||
-            manifest_set_u64(state, "plan.hold", b->hold, err) < 0 ||
             manifest_set_u64(state, "plan.window_rows", b->window_rows, err) < 0 ||
             manifest_set_bytes(state, "inspect.sha256", facts.digest, DIGEST_BYTES, err) < 0 ||
             journal_commit(b->journal, err) < 0)

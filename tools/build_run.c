@@ -9,7 +9,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "index/build_plan.h"
 #include "index/index_directory.h"
 #include "tools/build_record.h"
 #include "tools/field_facts.h"
@@ -173,7 +172,6 @@ int build_run_prepare(struct build_run *run, uint32_t threads, uint64_t memory_b
     const char *query_path = option_text(asked, "calibrate");
     struct segment_build_params *params = &run->params;
     struct row_shape shape;
-    struct build_plan plan;
     int rc = -1;
 
     if (build_run_params(asked, params, err) < 0)
@@ -188,8 +186,8 @@ int build_run_prepare(struct build_run *run, uint32_t threads, uint64_t memory_b
     row_shape_init(&shape, params->metric, vector_source_type(run->source),
                    vector_source_dim(run->source));
     build_plan_make(&shape, vector_source_rows(run->source), params, pool_workers(run->pool),
-                    &plan);
-    if (build_plan_check(&plan, asked->positional[0], params->memory_bytes, err) < 0)
+                    &run->plan);
+    if (build_plan_check(&run->plan, asked->positional[0], params->memory_bytes, err) < 0)
         goto done;
     rc = 0;
 done:

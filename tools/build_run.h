@@ -5,6 +5,7 @@
 
 #include <stdbool.h>
 
+#include "index/build_plan.h"
 #include "index/segment_build.h"
 #include "storage/file.h"
 #include "storage/journal.h"
@@ -16,6 +17,7 @@ struct build_run {
     char folder[FILE_PATH_MAX];    /* of the index; no slash at its end */
     uint64_t memory_bytes;         /* granted to the process */
     struct segment_build_params params;
+    struct build_plan plan; /* of memory and disk */
     struct vector_source *source;
     struct queries queries; /* of --calibrate */
     struct pool *pool;

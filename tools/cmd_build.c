@@ -13,16 +13,19 @@
 #include "tools/progress.h"
 
 /* What the files will take, for a refusal before the work rather than after it. */
-static int space_check(const char *folder, const struct vector_source *source, bool originals,
-                       struct error *err)
+static int space_check(const char *folder, const struct build_plan *plan, struct error *err)
 {
-    uint64_t bytes = vector_source_rows(source) * vector_source_row_bytes(source), free_bytes;
-    uint64_t needed = bytes + bytes / 2 + (originals ? bytes : 0) + (1u << 20);
+    uint64_t free_bytes, needed = plan->index_bytes + plan->scratch_bytes;
 
     if (vfs_posix()->space(vfs_posix(), folder, &free_bytes) < 0 || free_bytes >= needed)
         return 0;
-    error_set(err, ERR_BUDGET, "%s has %llu MiB free; the index will take about %llu MiB", folder,
-              (unsigned long long)free_bytes >> 20, (unsigned long long)needed >> 20);
+    error_set(err, ERR_BUDGET,
+              "%s has %llu MiB free; the index will take about %llu MiB, and the build %llu MiB of "
+              "scratch beside it",
+              folder, (unsigned long long)free_bytes >> 20,
+              (unsigned long long)plan->index_bytes >> 20,
+              (unsigned long long)plan->scratch_bytes >> 20);
+    error_remedy(err, "make room, or choose another --output");
     return -1;
 }
 
@@ -65,7 +68,7 @@ static int run(const struct arguments *arguments, struct error *err)
     /* Refusals that need no work come first. */
     if (build_run_prepare(&run, option_u32(arguments, "threads"), option_u64(arguments, "memory"),
                           err) < 0 ||
-        space_check(parent, run.source, run.params.keep_originals, err) < 0 ||
+        space_check(parent, &run.plan, err) < 0 ||
         build_record_make(arguments, run.memory_bytes, &record, err) < 0)
         goto done;
     run.job = progress_job(arguments, err);
