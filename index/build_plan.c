@@ -56,7 +56,9 @@ void build_plan_make(const struct row_shape *shape, uint64_t rows,
     uint64_t page_bytes;
 
     memset(plan, 0, sizeof *plan);
-    plan->hold = params->builder == GRAPH_BUILDER_INSERT || held + leaf <= left;
+    /* Few rows take less than what gathers them when they are not held. */
+    plan->hold = params->builder == GRAPH_BUILDER_INSERT || held + leaf <= left ||
+                 held + leaf <= leaf_graph_memory_bytes(shape, rows, &graph, workers, false);
     if (!plan->hold)
         leaf = leaf_graph_memory_bytes(shape, rows, &graph, workers, false);
     partition = partition_memory_full(shape, rows, workers);

@@ -187,7 +187,13 @@ int build_run_prepare(struct build_run *run, uint32_t threads, uint64_t memory_b
                    vector_source_dim(run->source));
     build_plan_make(&shape, vector_source_rows(run->source), params, pool_workers(run->pool),
                     &run->plan);
-    if (build_plan_check(&run->plan, asked->positional[0], params->memory_bytes, err) < 0)
+    /* The queries are held all the time. */
+    uint64_t queries = run->memory_bytes - params->memory_bytes;
+
+    run->plan.memory_bytes += queries;
+    for (uint32_t i = 0; i < run->plan.phase_count; i++)
+        run->plan.phases[i].bytes += queries;
+    if (build_plan_check(&run->plan, asked->positional[0], run->memory_bytes, err) < 0)
         goto done;
     rc = 0;
 done:

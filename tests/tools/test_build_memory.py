@@ -70,8 +70,8 @@ def test_sift_1m_is_built_in_256_mib(annd_release, shared_data, tmp_path, group)
 
 
 def test_the_least_memory_gives_the_same_bytes_or_says_what_is_missing(annd, tmp_path):
-    """Rows that are not held, buckets and windows: the graph is the same, and so is all else unless
-    the page order had to be cut."""
+    """Whatever is held and whatever goes through files: the bytes are the same unless the page order
+    had to be cut, which the segment's name tells."""
     base, queries = clustered(60_000, 64, "u8", queries=50)
     base_file, query_file = write_bin(tmp_path / "b", base), write_bin(tmp_path / "q", queries)
     words = ("build", base_file, "--code-bytes", 16, "--code", "pq", "--calibrate", query_file)
@@ -92,4 +92,4 @@ def test_the_least_memory_gives_the_same_bytes_or_says_what_is_missing(annd, tmp
         out = annd("bench", tmp_path / name, "--queries", query_file, "--truth", truth,
                    "--search-list", 60, "--output", "jsonl")
         found.append(json.loads(out.splitlines()[0])["recall"])
-    assert found[1] >= found[0] - 0.01 and found[0] >= 0.95
+    assert found[1] >= found[0] - 0.01 and found[0] >= 0.9
