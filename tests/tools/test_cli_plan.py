@@ -6,9 +6,20 @@ import time
 
 import pytest
 
-from conftest import clustered, write_bin
+from conftest import Annd, clustered, program, write_bin
 
 SMALL = ("--max-degree", 24, "--build-list", 50)
+
+
+@pytest.fixture(scope="session")
+def sanitized():
+    return Annd(program("ANND", "build-asan", "build"))
+
+
+@pytest.fixture(scope="module", name="annd")
+def optimised(annd_release):
+    """A plan builds miniatures, some twenty in this file: under sanitizers one has to do."""
+    return annd_release
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +40,11 @@ def plan(annd, *words):
 
 def index_bytes(folder):
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_plan_is_made_by_the_sanitized_program(sanitized, base_file):
+    answer = plan(sanitized, base_file, *SMALL[2:], "--profile", "default", "--memory", "1G")
+    assert [p["name"] for p in answer["profiles"]] == ["default"]
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
